@@ -1,0 +1,87 @@
+"""How a script starts and ends: exit codes, one line per error, and Ctrl-C in every phase.
+
+Exit codes: 0 finished; 1 the run failed; 2 bad arguments, configuration or data, nothing was touched;
+75 stopped by SIGTERM or SIGUSR1 after saving; 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+# A person can mend these before the run; any other OSError and every RuntimeError means that the run itself failed.
+BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
+def quiet_ctrl_c() -> None:
+    """From now on Ctrl-C leaves at once with 130 and no traceback. For the seconds in which torch is imported."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+
+def error_line(e: BaseException) -> str:
+    """The error as one line. An OSError is told as `file: what`, as every other message of ours is."""
+    if isinstance(e, OSError) and e.strerror:
+        return f"{e.filename}: {e.strerror}" if e.filename else e.strerror
+    return " ".join(str(e).split()) or type(e).__name__
+
+
+def run_script(main) -> None:
+    """
+    Call main() and leave with its exit code (None is 0).
+
+    What people can cause is printed as one line, `error: ...`, with exit code 2 (bad input) or 1 (the run failed);
+    --debug on the command line adds the traceback. Other exceptions are bugs of ours and keep theirs.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # `| head` has read enough
+        os._exit(141)
+    except (*BAD_INPUT, OSError, RuntimeError, MemoryError) as e:
+        print(f"error: {error_line(e)}", file=sys.stderr)
+        if "--debug" in sys.argv:
+            raise
+        code = 2 if isinstance(e, BAD_INPUT) else 1
+    quiet_ctrl_c()
+    sys.exit(code)
+
+
+class StopRequest:
+    """
+    Turns the first Ctrl-C, SIGTERM or SIGUSR1 into a flag that the loop reads between steps, so that nothing is
+    left half done; a second Ctrl-C leaves at once.
+
+        with StopRequest() as stop:
+            while not stop: ...
+        return stop.exit_code        # None if nobody asked, else 130 or 75
+    """
+
+    def __init__(self):
+        self.exit_code = None
+        self._before = {}
+
+    def __bool__(self) -> bool:
+        return self.exit_code is not None
+
+    def __enter__(self) -> StopRequest:
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+            if hasattr(signal, name):  # Windows has no SIGUSR1
+                number = getattr(signal, name)
+                self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number, _frame) -> None:
+        if number == signal.SIGINT and self:
+            os._exit(130)
+        self.exit_code = 130 if number == signal.SIGINT else 75
+        # os.write, not print: a handler may interrupt a print, and the stream refuses to be entered twice
+        os.write(2, b"\nstopping after this step and saving; Ctrl-C again leaves at once\n")
