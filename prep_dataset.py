@@ -1,0 +1,321 @@
+"""
+Raw text in, clean training text out.
+
+    python prep_dataset.py gutenberg --book_ids 11 84 1342                  # download, clean, combine
+    python prep_dataset.py gutenberg --data_dir RAW --languages all         # a folder of .txt and archives
+    python prep_dataset.py extract --archive books.zip --output_dir books   # unpack an archive safely, nothing more
+    python prep_dataset.py gutenberg --help
+
+`gutenberg` writes combined_1.txt, combined_2.txt, ... with a line `<|endoftext|>` between books, and report.json: what
+was done to each file and why. Downloads are kept in OUTPUT_DIR/raw; the same line again fetches only what is missing.
+39 books (19 MB) take about 5 s on two CPU cores. `pretraining_simple.py --data_dir OUTPUT_DIR` trains on the result.
+
+Project Gutenberg asks robots to be slow and to use a mirror for much (https://www.gutenberg.org/policy/robot_access.html):
+books come one at a time with a pause, under a user agent that names this program.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # Ctrl-C during the imports leaves no traceback
+    from parts.launch import quiet_ctrl_c
+
+    quiet_ctrl_c()
+
+import contextlib
+import json
+import os
+import shutil
+import time
+import urllib.error
+import urllib.request
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from parts import gutenberg
+from parts.archives import extract_archive, is_archive
+from parts.config import parse
+from parts.launch import error_line, run_script
+
+EOT_LINE = "<|endoftext|>"  # between books, alone on its line
+# A dozen classics, 7 MB: what pretraining_simple.py fetches where there is nothing to read.
+CLASSICS = (11, 35, 36, 43, 46, 74, 76, 84, 98, 345, 1342, 1661)
+
+
+@dataclass
+class GutenbergConfig:
+    """Download (or read), clean and combine Project Gutenberg books."""
+
+    book_ids: tuple[int, ...] = ()  # Project Gutenberg numbers to download
+    data_dir: str | None = None  # folder of .txt files and .zip/.tar archives of them, or one archive
+    output_dir: str = "gutenberg_preprocessed"  # where combined_N.txt and report.json go
+    languages: tuple[str, ...] = ("en",)  # ISO 639-1 codes to keep, or: all
+    keep_duplicates: bool = False  # keep further editions of a book that is already in
+    strip_boilerplate: bool = True  # take off headers, licences, small print, credits and footers
+    max_size_mb: float = 500.0  # MB of text per combined file; a larger book gets a file of its own
+    max_extract_mb: float = 4000.0  # MB that one archive may unpack to
+    workers: int | None = None  # processes, each holding one book at a time; None: one per CPU core
+    mirror: str = "https://www.gutenberg.org"  # where books come from; for many, use a mirror near you
+    pause_s: float = 2.0  # seconds between two downloads
+    debug: bool = False  # show the traceback of an error
+
+
+@dataclass
+class ExtractConfig:
+    """Unpack an archive, whole or not at all; nothing leaves the folder, no links, no bombs."""
+
+    archive: str  # .zip, .tar, .tar.gz, .tar.bz2, .tar.xz (.rar with the package rarfile)
+    output_dir: str  # folder to unpack into
+    max_extract_mb: float = 4000.0  # MB that it may unpack to
+    debug: bool = False  # show the traceback of an error
+
+
+# ---------------------------------------------------------------------------------------------------- download
+
+USER_AGENT = "pretraining-in-plain-scripts/0.1 (prep_dataset.py; one book at a time)"
+TIMEOUT_S = 20  # per connection and read
+MAX_BOOK_BYTES = 64 << 20  # the longest books have 10 MB
+
+
+def fetch(url: str, path: Path) -> None:
+    """Download url to path through a `.part` file beside it. Raises OSError; a file under its own name is whole."""
+    part = path.with_name(path.name + ".part")
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": USER_AGENT})
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response, open(part, "wb") as out:
+            if "html" in response.headers.get("Content-Type", ""):
+                raise OSError("the server sent a web page instead of a text")
+            n = 0
+            while block := response.read(1 << 16):
+                n += len(block)
+                if n > MAX_BOOK_BYTES:
+                    raise OSError(f"longer than {MAX_BOOK_BYTES >> 20} MB")
+                out.write(block)
+            announced = response.headers.get("Content-Length")
+            if announced and announced.isdecimal() and n != int(announced):
+                raise OSError(f"cut off after {n:,} of {int(announced):,} bytes")
+            if n == 0:
+                raise OSError("empty")
+        os.replace(part, path)
+    except ValueError as e:  # urllib's word for an address it cannot read
+        raise OSError(f"{url}: {e}") from e
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def download_books(book_ids, folder, mirror: str, pause_s: float) -> tuple[list[Path], dict[int, str]]:
+    """
+    Fetch each book that `folder` lacks, in order; returns (paths, {book id: why it failed}).
+
+    A book is tried under the two addresses Project Gutenberg uses. When the first one finds no server at all the
+    others are not tried: without a network a dozen books would cost a dozen time-outs.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths, failed, fetched = [], {}, 0
+    for n in tqdm(book_ids, desc="downloading", unit="book", disable=not book_ids):
+        path = folder / f"pg{n}.txt"
+        if not path.exists():
+            if fetched:
+                time.sleep(pause_s)
+            fetched += 1
+            for address in (f"cache/epub/{n}/pg{n}.txt", f"files/{n}/{n}-0.txt"):
+                try:
+                    fetch(f"{mirror.rstrip('/')}/{address}", path)
+                    failed.pop(n, None)
+                    break
+                except urllib.error.HTTPError as e:
+                    failed[n] = f"HTTP {e.code} {e.reason}"
+                except OSError as e:
+                    failed[n] = str(getattr(e, "reason", e))
+                    if not paths and isinstance(e, urllib.error.URLError):
+                        return paths, dict.fromkeys(book_ids, failed[n])
+                    break
+        if n not in failed:
+            paths.append(path)
+    return paths, failed
+
+
+# --------------------------------------------------------------------------------------------- clean and combine
+
+
+def clean_book(path: Path, strip: bool) -> dict:
+    """
+    One file, read and cleaned: {"text", "language", "sketch", ...}, or {"status", "reason"} where it cannot be used.
+
+    Runs in a worker process and holds one book at a time.
+    """
+    try:
+        data = path.read_bytes()
+        if not data.strip():
+            return {"status": "empty", "reason": "the file is empty"}
+        raw, encoding = gutenberg.decode(data)
+    except OSError as e:
+        return {"status": "unreadable", "reason": error_line(e)}
+    except ValueError as e:
+        return {"status": "not a book", "reason": str(e)}
+    stripped = gutenberg.strip_boilerplate(raw) if strip else gutenberg.Stripped(raw)
+    # The separator is a line of its own in the output; the rare text that has it must not be cut in two.
+    text = gutenberg.normalise(stripped.text.replace(EOT_LINE, "<| endoftext |>"))
+    done = {"encoding": encoding, "chars_in": len(raw), "chars_out": len(text), "header_chars": stripped.header_chars}
+    done |= {"footer_chars": stripped.footer_chars, "notices_removed": stripped.notices}
+    reason = gutenberg.why_no_book(text)
+    if not reason and stripped.notice_chars > max(len(text), 5000):
+        reason = "mostly licence and notices of Project Gutenberg"
+    if reason:
+        return {"status": "not a book", "reason": reason, **done}
+    return {"text": text, "sketch": gutenberg.sketch(text), "language": gutenberg.language_of(text, raw), **done}
+
+
+def _cleaned(paths, strip: bool, n_workers: int):
+    """clean_book of each path, in order; at most two books per worker wait, so memory does not grow with the list."""
+    if n_workers == 1:
+        yield from (clean_book(path, strip) for path in paths)
+        return
+    with ProcessPoolExecutor(n_workers) as pool:
+        try:
+            waiting, left = deque(), iter(paths)
+            while True:
+                while len(waiting) < 2 * n_workers and (path := next(left, None)) is not None:
+                    waiting.append(pool.submit(clean_book, path, strip))
+                if not waiting:
+                    return
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _sources(config: GutenbergConfig, work: Path) -> tuple[dict[str, Path], list[dict], dict[int, str]]:
+    """Every file to read, by the name the report gives it, in order; what is no text at all; downloads that failed."""
+    files, ignored, failed = {}, [], {}
+    if config.book_ids:
+        paths, failed = download_books(config.book_ids, Path(config.output_dir) / "raw", config.mirror, config.pause_s)
+        files |= {path.name: path for path in paths}
+    found = []
+    if config.data_dir:
+        folder = Path(config.data_dir)
+        if not folder.exists():
+            raise FileNotFoundError(f"--data_dir: {folder} does not exist; give a folder of .txt files or an archive of them")
+        found = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file())
+        folder = folder.parent if folder.is_file() else folder
+    for path in found:
+        name = path.relative_to(folder).as_posix()
+        if is_archive(path):
+            unpacked = work / "unpacked" / name
+            extract_archive(path, unpacked, config.max_extract_mb)
+            inside = {f"{name}/{p.relative_to(unpacked).as_posix()}": p for p in sorted(unpacked.rglob("*")) if p.is_file()}
+        else:
+            inside = {name: path}
+        for inner, p in inside.items():
+            if p.suffix.lower() == ".txt":
+                files[inner] = p
+            else:
+                ignored.append({"file": inner, "status": "ignored", "reason": "no .txt file"})
+    return files, ignored, failed
+
+
+def prepare_gutenberg(config: GutenbergConfig) -> dict:
+    """
+    Download, clean and combine; returns the report that is also written to OUTPUT_DIR/report.json.
+
+    The files appear under their names only when all are written. Raises ValueError or FileNotFoundError for bad
+    input or where no book is left, OSError where the output cannot be written; an earlier result is then untouched.
+    """
+    if not config.book_ids and not config.data_dir:
+        raise ValueError("--book_ids or --data_dir: say which books, such as --book_ids 11 84 1342")
+    n_workers = config.workers if config.workers is not None else os.cpu_count() or 1
+    for name, value in (("workers", n_workers), ("max_size_mb", config.max_size_mb), ("max_extract_mb", config.max_extract_mb)):
+        if value <= 0:
+            raise ValueError(f"--{name}: {value} must be positive")
+    output = Path(config.output_dir)
+    work = output / ".preparing.part"
+    shutil.rmtree(work, ignore_errors=True)  # of an attempt that was killed
+    try:
+        work.mkdir(parents=True)
+        files, rows, failed = _sources(config, work)
+        rows += [{"file": f"pg{n}.txt", "status": "not downloaded", "reason": why} for n, why in failed.items()]
+        if not files:
+            why = f"; {rows[0]['file']}: {rows[0]['reason']}" if rows else ""
+            raise ValueError(f"{config.data_dir or config.mirror}: no .txt files to read{why}")
+        n_files = _combine(config, work, files, rows, min(n_workers, len(files)))
+        counts = Counter(row["status"] for row in rows)
+        report = {"version": 1, "settings": asdict(config), "counts": dict(counts), "combined_files": n_files, "files": rows}
+        if not counts["kept"]:
+            causes = ", ".join(f"{n} {status}" for status, n in counts.items())
+            first = next((f"{row['file']}: {row['reason']}" for row in rows), "")
+            raise ValueError(f"{config.data_dir or 'downloads'}: no book is left ({causes}; {first}); see --languages, --keep_duplicates")
+        (work / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+        for old in (output / "report.json", *output.glob("combined_*.txt")):
+            old.unlink(missing_ok=True)
+        for new in (*sorted(work.glob("combined_*.txt")), work / "report.json"):  # the report last: it says complete
+            os.replace(new, output / new.name)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        with contextlib.suppress(OSError):  # leave no empty folder behind a line that failed
+            output.rmdir()
+    return report
+
+
+def _combine(config: GutenbergConfig, work: Path, files: dict[str, Path], rows: list[dict], n_workers: int) -> int:
+    """Clean all files into work/combined_N.txt, one row of the report each; returns the number of combined files."""
+    editions, out, n, size = gutenberg.Editions(), None, 0, 0
+    progress = tqdm(total=len(files), desc="cleaning", unit="book")
+    try:
+        for name, book in zip(files, _cleaned(files.values(), config.strip_boilerplate, n_workers), strict=True):
+            progress.update()
+            text, mine = book.pop("text", None), book.pop("sketch", None)
+            row = {"file": name, **book}
+            rows.append(row)
+            if text is None:
+                continue
+            if "all" not in config.languages and book["language"] not in config.languages:
+                row |= {"status": "other language", "reason": f"{book['language']}, not among {' '.join(config.languages)}"}
+                continue
+            if not config.keep_duplicates:
+                if twin := editions.twin_of(mine):
+                    row |= {"status": "duplicate", "reason": f"{twin[1]:.0%} the same as {twin[0]}"}
+                    continue
+                editions.add(name, mine)
+            n_bytes = len(text.encode())
+            if out is None or size + n_bytes > config.max_size_mb * 1e6:
+                if out:
+                    out.close()
+                n, size = n + 1, 0
+                out = open(work / f"combined_{n}.txt", "w", encoding="utf-8", newline="\n")  # noqa: SIM115
+            out.write(f"\n{EOT_LINE}\n{text}" if size else text)
+            size += n_bytes
+            row |= {"status": "kept", "reason": book["language"], "output": f"combined_{n}.txt"}
+    finally:
+        progress.close()
+        if out:
+            out.close()
+    return n
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def main(config: GutenbergConfig | ExtractConfig) -> int:
+    """Run the command; returns the exit code."""
+    if isinstance(config, ExtractConfig):
+        n = extract_archive(config.archive, config.output_dir, config.max_extract_mb)
+        print(f"{config.archive}: {n} files unpacked into {config.output_dir}")
+        return 0
+    started = time.time()
+    report = prepare_gutenberg(config)
+    n_chars = sum(row["chars_out"] for row in report["files"] if row["status"] == "kept")
+    for row in report["files"]:
+        if row["status"] not in ("kept", "ignored"):
+            print(f"{row['status']}: {row['file']}: {row['reason']}")
+    counts = ", ".join(f"{n} {status}" for status, n in sorted(report["counts"].items()))
+    print(f"{counts}; {n_chars / 1e6:.1f} million characters in {config.output_dir}, {time.time() - started:.1f} s; details in report.json")
+    if missing := report["counts"].get("not downloaded"):
+        raise OSError(f"{missing} of {len(config.book_ids)} books could not be downloaded; the others are ready, run the same line again")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(parse({"gutenberg": GutenbergConfig, "extract": ExtractConfig})))
