@@ -1,0 +1,139 @@
+"""
+A checkpoint on disk: a folder that is either whole or not there. Knows no model.
+
+    runs/simple/checkpoints/step_000500/
+        model.safetensors      weights
+        tokenizer.json         what the weights were trained with
+        trainer_state.json     step, tokens, configuration
+        MANIFEST.json          bytes and sha256 of each file above, written last
+
+Writing goes to a hidden folder beside it, is fsynced, and is renamed when complete, so a kill or a full disk leaves
+the older checkpoints as they were. Reading compares the hashes first: no common weight format notices a flipped bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_file(path, data: bytes) -> None:
+    """Write a small file whole or not at all: `.part` beside it, fsync, rename. Raises OSError."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(data)
+        _fsync(part)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def save_checkpoint(run_dir, step: int, tensors: dict, state: dict, files: dict[str, bytes], keep_last: int) -> Path:
+    """
+    Write `run_dir/checkpoints/step_NNNNNN` and drop all but the newest `keep_last`; returns the folder.
+
+    tensors: name -> tensor; state: JSON values; files: name -> bytes, kept beside them. Raises OSError where it cannot
+    be written, and then nothing is left of it and the older checkpoints are untouched.
+    """
+    parent = Path(run_dir) / "checkpoints"
+    parent.mkdir(parents=True, exist_ok=True)
+    target, part = parent / f"step_{step:06d}", parent / f".step_{step:06d}.part"
+    try:
+        shutil.rmtree(part, ignore_errors=True)  # of an attempt that was killed
+        part.mkdir()
+        # contiguous CPU copies: safetensors refuses views, and weights trained on a GPU must open without one
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part / "model.safetensors")
+        (part / "trainer_state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        for name, data in files.items():
+            (part / name).write_bytes(data)
+        listed = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(part.iterdir())}
+        (part / "MANIFEST.json").write_text(json.dumps({"version": 1, "files": listed}, indent=1), encoding="utf-8")
+        for f in (*part.iterdir(), part):
+            _fsync(f)
+        if target.exists():
+            shutil.rmtree(target)
+        os.rename(part, target)
+        _fsync(parent)
+    except SafetensorError as e:  # safetensors reports a full disk in its own words
+        shutil.rmtree(part, ignore_errors=True)
+        raise OSError(f"{target}: could not be written ({e})") from e
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    for old in list_checkpoints(run_dir)[:-keep_last]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def list_checkpoints(run_dir) -> list[Path]:
+    """Complete checkpoint folders of a run, oldest first."""
+    found = Path(run_dir).glob("checkpoints/step_*/MANIFEST.json")
+    return sorted((f.parent for f in found), key=lambda folder: int(folder.name.removeprefix("step_")))
+
+
+def verify_checkpoint(folder) -> None:
+    """Compare every file with the manifest. Raises ValueError naming the first that differs."""
+    folder = Path(folder)
+    try:
+        files = json.loads((folder / "MANIFEST.json").read_text(encoding="utf-8"))["files"]
+        for name, entry in files.items():
+            path = folder / name
+            if Path(name).name != name or path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+                raise ValueError(f"{path}: differs from its MANIFEST.json; the file is damaged, use another checkpoint")
+    except FileNotFoundError as e:
+        raise ValueError(f"{e.filename}: missing; the checkpoint is damaged, use another one") from e
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{folder / 'MANIFEST.json'}: not readable ({e!r}); the checkpoint is damaged, use another one") from e
+
+
+def newest_checkpoint(path) -> Path:
+    """
+    The checkpoint folder meant by `path`: itself, or the newest undamaged one of a run folder (a damaged newer one is
+    named on the way). Raises FileNotFoundError where there is none, ValueError where all are damaged.
+    """
+    path = Path(path)
+    if (path / "MANIFEST.json").exists():
+        verify_checkpoint(path)
+        return path
+    candidates = list_checkpoints(path)
+    if not candidates:
+        raise FileNotFoundError(f"{path}: no checkpoint here; give a run folder such as runs/simple, or train one first")
+    for folder in reversed(candidates):
+        try:
+            verify_checkpoint(folder)
+            return folder
+        except ValueError as e:
+            print(f"warning: {e}", flush=True)
+    raise ValueError(f"{path}: all {len(candidates)} checkpoints are damaged; train again")
+
+
+def load_checkpoint(folder) -> tuple[dict, dict]:
+    """Tensors (memory-mapped) and trainer state of a checkpoint folder that was verified. Raises ValueError."""
+    folder = Path(folder)
+    try:
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        return load_file(folder / "model.safetensors"), state
+    except (SafetensorError, json.JSONDecodeError, FileNotFoundError) as e:
+        raise ValueError(f"{folder}: not a checkpoint of this project ({e})") from e
