@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 from parts.checkpoint import load_checkpoint, newest_checkpoint, write_file
 from parts.config import parse
-from parts.launch import run_script
+from parts.launch import error_line, run_script
 from parts.tokenizers import Tokenizer
 
 # ---------------------------------------------------------------------------------------------------- the model
@@ -70,7 +70,7 @@ class GPTConfig:
 # the small ones have no number in their name because most of their parameters hang on the vocabulary.
 SIZES = {
     "nano": (2, 2, 64),
-    "micro": (4, 4, 192),
+    "micro": (4, 4, 128),
     "mini": (6, 6, 384),
     "small": (8, 8, 512),
     "124M": (12, 12, 768),
@@ -202,7 +202,7 @@ class GPT(nn.Module):
         logits = F.linear(self.ln_f(x), self.wte.weight)  # (B, T, V)
         if targets is None:
             return logits
-        return F.cross_entropy(logits.view(B * T, -1).float(), targets.view(B * T), ignore_index=-100, reduction="sum")
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
 
 
 def count_parameters(config: GPTConfig) -> int:
@@ -373,6 +373,7 @@ def plot_losses(steps, tokens_seen, train_losses, val_losses, path, *, xlabel="o
     uniform_loss: ln(V), drawn as a dotted line, is what guessing evenly costs. Needs no display. Returns the path.
     """
     from matplotlib.figure import Figure  # here, because matplotlib costs every start a second
+    from matplotlib.ticker import EngFormatter
 
     def points(losses):
         return zip(*[(s, loss) for s, loss in zip(steps, losses, strict=True) if loss is not None], strict=True)
@@ -382,9 +383,9 @@ def plot_losses(steps, tokens_seen, train_losses, val_losses, path, *, xlabel="o
     if any(loss is not None for loss in train_losses):
         x, y = points(train_losses)
         axes.plot(x, y, color="tab:blue", alpha=0.3, linewidth=1, label="training, each batch")
-        weight, total, smooth = 0.0, 0.0, []  # exponential mean over about 20 points, unbiased at the start
+        weight, total, smooth = 0.0, 0.0, []  # exponential mean over about 10 points, unbiased at the start
         for loss in y:
-            weight, total = 0.95 * weight + 1, 0.95 * total + loss
+            weight, total = 0.9 * weight + 1, 0.9 * total + loss
             smooth.append(total / weight)
         axes.plot(x, smooth, color="tab:blue", linewidth=2, label="training, smoothed")
     if any(loss is not None for loss in val_losses):
@@ -401,6 +402,7 @@ def plot_losses(steps, tokens_seen, train_losses, val_losses, path, *, xlabel="o
         if per_step > 0:
             top = axes.secondary_xaxis("top", functions=(lambda s: s * per_step, lambda t: t / per_step))
             top.set_xlabel("tokens seen")
+            top.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1.5M, not 1.5 under a distant 1e6
     path, buffer = Path(path), io.BytesIO()
     figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", dpi=150)
     write_file(path, buffer.getvalue())
@@ -431,9 +433,12 @@ def load_model(path, device) -> tuple[GPT, Tokenizer, dict]:
     """
     folder = newest_checkpoint(path)
     tensors, state = load_checkpoint(folder)
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**state["model_config"]))
-    model.load_state_dict(tensors, assign=True)
+    try:
+        with torch.device("meta"):
+            model = GPT(GPTConfig(**state["model_config"]))
+        model.load_state_dict(tensors, assign=True)
+    except (KeyError, TypeError, RuntimeError) as e:
+        raise ValueError(f"{folder}: the weights are not those of a GPT of this project ({error_line(e)[:200]})") from e
     return model.to(device).eval(), Tokenizer.load(folder / "tokenizer.json"), state
 
 

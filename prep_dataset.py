@@ -21,10 +21,14 @@ if __name__ == "__main__":  # Ctrl-C during the imports leaves no traceback
 
     quiet_ctrl_c()
 
+import ast
 import contextlib
+import importlib
+import inspect
 import json
 import os
 import shutil
+import sysconfig
 import time
 import urllib.error
 import urllib.request
@@ -199,7 +203,12 @@ def _sources(config: GutenbergConfig, work: Path) -> tuple[dict[str, Path], list
         folder = Path(config.data_dir)
         if not folder.exists():
             raise FileNotFoundError(f"--data_dir: {folder} does not exist; give a folder of .txt files or an archive of them")
-        found = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file())
+        output = Path(config.output_dir).resolve()
+        if folder.resolve() == output:
+            raise ValueError(f"--output_dir: {folder} is also --data_dir; choose another folder for the result")
+        found = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file() or p.is_symlink())
+        if not folder.resolve().is_relative_to(output):  # an earlier result inside the folder is no source
+            found = [p for p in found if not p.absolute().is_relative_to(output)]
         folder = folder.parent if folder.is_file() else folder
     for path in found:
         name = path.relative_to(folder).as_posix()
@@ -252,6 +261,10 @@ def prepare_gutenberg(config: GutenbergConfig) -> dict:
             old.unlink(missing_ok=True)
         for new in (*sorted(work.glob("combined_*.txt")), work / "report.json"):  # the report last: it says complete
             os.replace(new, output / new.name)
+    except OSError as e:
+        if e.strerror and not e.filename:  # a failed write does not say where
+            e.filename = str(output)
+        raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
         with contextlib.suppress(OSError):  # leave no empty folder behind a line that failed
@@ -293,6 +306,89 @@ def _combine(config: GutenbergConfig, work: Path, files: dict[str, Path], rows: 
         if out:
             out.close()
     return n
+
+
+# ------------------------------------------------------------------------------------------------- reading it back
+
+
+def read_documents(path) -> list[str]:
+    """
+    The documents of a folder: what prep_dataset.py wrote (combined_*.txt), or any .txt files in and below it.
+
+    Documents are what stands between lines `<|endoftext|>`; without such lines each file is one. Order is by name.
+    Raises FileNotFoundError, or ValueError naming the first file that is not UTF-8 text.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"--data_dir: {path} does not exist; give a folder of .txt files")
+    prepared = (path / "report.json").exists()
+    files = [path] if path.is_file() else sorted(path.glob("combined_*.txt") if prepared else path.rglob("*.txt"))
+    if not files:
+        raise ValueError(f"--data_dir: {path} has no .txt files; prep_dataset.py gutenberg --data_dir {path} unpacks archives")
+    documents = []
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as e:
+            what = f"byte {e.object[e.start]:#04x} at offset {e.start:,} is not UTF-8"
+            raise ValueError(f"{file}: {what}; convert it, or let prep_dataset.py gutenberg --data_dir {path} find its encoding") from e
+        if "\0" in text:
+            raise ValueError(f"{file}: a binary file (it has NUL bytes); remove it from {path}")
+        documents += [document.strip("\n") for document in text.split(EOT_LINE) if document.strip()]
+    if not documents:
+        raise ValueError(f"--data_dir: all {len(files)} .txt files of {path} are empty; give some text")
+    uncleaned = sum("START OF TH" in d[:20_000] and "PROJECT GUTENBERG" in d[:20_000] for d in documents)
+    if uncleaned:
+        print(f"note: {uncleaned} documents carry Project Gutenberg's header; prep_dataset.py gutenberg --data_dir {path} takes it off")
+    return documents
+
+
+def python_docs() -> list[str]:
+    """
+    About 1 MB of English that every Python carries: the prose of pydoc's topics and of the standard library's docstrings.
+
+    Paragraphs that are code, tables or repeated are left out. The same Python gives the same documents.
+    """
+    topics = importlib.import_module("pydoc_data.topics").topics
+    texts = [topics[name] for name in sorted(topics)]
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for file in sorted(library.rglob("*.py")):
+        if {"site-packages", "test", "tests", "idle_test", "lib2to3"} & set(file.relative_to(library).parts):
+            continue
+        try:
+            nodes = [n for n in ast.walk(ast.parse(file.read_bytes())) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+        except (SyntaxError, ValueError, OSError):  # a file of the library that is no Python of this version
+            continue
+        texts.append("\n\n".join(docstring for node in nodes if (docstring := ast.get_docstring(node))))
+    documents, seen = [], set()
+    for text in texts:
+        prose = []
+        for paragraph in text.split("\n\n"):
+            flat = "".join(paragraph.split())
+            is_prose = len(flat) > 50 and sum(map(str.isalpha, flat)) > 0.85 * len(flat) and ">>>" not in flat
+            if is_prose and flat not in seen:
+                seen.add(flat)
+                prose.append(inspect.cleandoc(paragraph))
+        if prose:
+            documents.append("\n\n".join(prose))
+    return documents
+
+
+def load_documents(data_dir: str | None) -> tuple[list[str], str]:
+    """
+    The texts to train on and where they come from, in this order: the given folder; books prepared in ./gutenberg_preprocessed;
+    a dozen classics, fetched and prepared there; without a network the English that comes with Python.
+    """
+    if data_dir:
+        return read_documents(data_dir), data_dir
+    books = GutenbergConfig(book_ids=CLASSICS)
+    if not (Path(books.output_dir) / "report.json").exists():
+        try:
+            prepare_gutenberg(books)
+        except (OSError, ValueError) as e:
+            print(f"no --data_dir, and Project Gutenberg is out of reach ({error_line(e)}): reading the English that Python carries")
+            return python_docs(), "Python's documentation"
+    return read_documents(books.output_dir), books.output_dir
 
 
 # ---------------------------------------------------------------------------------------------------- command line

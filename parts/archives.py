@@ -52,6 +52,10 @@ def extract_archive(path, dest, max_mb: float) -> int:
         for top in sorted(part.iterdir()):
             os.rename(top, dest / top.name)
         return len(entries)
+    except OSError as e:
+        if e.strerror and not e.filename:  # a failed write does not say where
+            e.filename = str(dest)
+        raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -68,7 +72,7 @@ def _open(path: Path):
             try:
                 import rarfile  # only for .rar
             except ImportError as e:
-                raise ValueError(f"{path}: .rar needs the package rarfile; pip install rarfile, or unpack it yourself") from e
+                raise ValueError(f"{path}: .rar needs the package rarfile; pip install rarfile, or unpack it by hand") from e
             if not rarfile.is_rarfile(path):
                 raise _refuse(path, "not a .rar archive, whatever its name says")
             return rarfile.RarFile(path)

@@ -24,6 +24,8 @@ from safetensors.torch import load_file, save_file
 
 
 def _fsync(path: Path) -> None:
+    if os.name == "nt":  # Windows syncs neither folders nor files that are open for reading
+        return
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -36,6 +38,12 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def _name(e: BaseException, path: Path) -> None:
+    """A failed write does not say which file it was for; a message must."""
+    if isinstance(e, OSError) and e.strerror and not e.filename:
+        e.filename = str(path)
+
+
 def write_file(path, data: bytes) -> None:
     """Write a small file whole or not at all: `.part` beside it, fsync, rename. Raises OSError."""
     path = Path(path)
@@ -45,9 +53,23 @@ def write_file(path, data: bytes) -> None:
         part.write_bytes(data)
         _fsync(part)
         os.replace(part, path)
-    except BaseException:
+    except BaseException as e:
         part.unlink(missing_ok=True)
+        _name(e, path)
         raise
+
+
+def append_lines(path, lines: list) -> None:
+    """
+    Add lines (dicts as JSON) to a text file and empty the list. A disk that refuses costs a warning, not the run; what
+    could not be written stays in the list for the next call.
+    """
+    try:
+        with open(path, "a", encoding="utf-8") as f:
+            f.write("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+        lines.clear()
+    except OSError as e:
+        print(f"warning: {path}: {e.strerror}; the run goes on", flush=True)
 
 
 def save_checkpoint(run_dir, step: int, tensors: dict, state: dict, files: dict[str, bytes], keep_last: int) -> Path:
@@ -79,8 +101,9 @@ def save_checkpoint(run_dir, step: int, tensors: dict, state: dict, files: dict[
     except SafetensorError as e:  # safetensors reports a full disk in its own words
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"{target}: could not be written ({e})") from e
-    except BaseException:
+    except BaseException as e:
         shutil.rmtree(part, ignore_errors=True)
+        _name(e, target)
         raise
     for old in list_checkpoints(run_dir)[:-keep_last]:
         shutil.rmtree(old, ignore_errors=True)

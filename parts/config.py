@@ -74,8 +74,10 @@ def _problems(text: str, argv, classes) -> list[str]:
                     problems.append(f"--{name}: {value!r} is not {words}" if value else f"--{name}: needs {words} behind it")
     if problems:
         return problems
-    body = " ".join(line.strip("│╭╮╰╯ ") for line in text.splitlines() if not re.match(r"^[╭╰]", line))
-    body = " ".join(re.split(r"─{5,}|For full helptext", body)[0].split()).removeprefix("Error parsing ")
+    # A box has a title, rules of dashes, and the words in between; where the terminal knows no box characters, dashes stand for them.
+    body = " ".join(line.strip("│╭╮╰╯ ") for line in text.splitlines() if not line.startswith(("╭", "╰")))
+    sections = [section.strip() for section in re.split(r"[─-]{5,}|For full helptext", body) if section.strip()]
+    body = " ".join(sections["╭" not in text :][0].split()).removeprefix("Error parsing ") if sections else "not understood"
     if m := re.search(r"invalid choice (.*?) for argument '(--[\w-]+)'.*?\((.*)\)", body):
         return [f"{m[2]}: {m[1]} is not one of {m[3]}"]
     return [f"{body} (see --help)"]

@@ -6,6 +6,7 @@ Exit codes: 0 finished; 1 the run failed; 2 bad arguments, configuration or data
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -22,7 +23,8 @@ def quiet_ctrl_c() -> None:
 def error_line(e: BaseException) -> str:
     """The error as one line. An OSError is told as `file: what`, as every other message of ours is."""
     if isinstance(e, OSError) and e.strerror:
-        return f"{e.filename}: {e.strerror}" if e.filename else e.strerror
+        way_out = "; free some space and run the same line again" if e.errno == errno.ENOSPC else ""
+        return (f"{e.filename}: {e.strerror}" if e.filename else e.strerror) + way_out
     return " ".join(str(e).split()) or type(e).__name__
 
 

@@ -1,0 +1,249 @@
+"""
+Pretrain a GPT on books, from random weights, in one file that reads from top to bottom.
+
+    python pretraining_simple.py                                  # everything chosen for this machine
+    python pretraining_simple.py --data_dir my_texts --n_epochs 3 # your own folder of .txt files
+    python pretraining_simple.py --help
+
+Text: --data_dir; else ./gutenberg_preprocessed if prep_dataset.py made it; else a dozen classics are fetched from Project
+Gutenberg; else, without a network, the English that comes with Python. On disk, in runs/simple: loss.png, samples.txt,
+metrics.jsonl, run.json, checkpoints/. An earlier run there is kept as runs/simple-1. Ctrl-C saves and stops.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # before torch is imported, so that Ctrl-C in those seconds leaves no traceback
+    from parts.launch import quiet_ctrl_c
+
+    quiet_ctrl_c()
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from gpt_train import GPT, GPTConfig, calc_loss_batch, count_parameters, evaluate_model, generate_and_print_sample, pick_device, plot_losses
+from parts.checkpoint import append_lines, save_checkpoint, write_file
+from parts.config import parse
+from parts.launch import StopRequest, error_line, run_script
+from parts.tokenizers import make_tokenizer
+from prep_dataset import load_documents
+
+# ------------------------------------------------------------------------------------------------ configuration
+
+
+@dataclass
+class SimpleConfig:
+    """Pretrain a GPT on a folder of text; None means chosen for the device (the table below)."""
+
+    data_dir: str | None = None  # folder of .txt files; None: prepared books, else fetched ones, else Python's own texts
+    output_dir: str = "runs/simple"  # run folder
+    n_epochs: int | None = None  # passes over the training text; the run ends here or at max_steps, whichever is first
+    max_steps: int | None = None  # optimizer steps
+    batch_size: int | None = None  # rows per step, each of context_length tokens
+    lr: float | None = None  # highest learning rate, after the warmup
+    eval_freq: int = 200  # steps between two evaluations of the whole validation text
+    print_sample_iter: int = 200  # steps between two samples
+    save_ckpt_freq: int = 1000  # steps between two checkpoints; the last step is always saved
+    model_size: str | None = None  # nano, micro, mini, small, 124M, 355M, 774M or 1558M
+    context_length: int | None = None  # tokens the model can see at once
+    tokenizer: str = "auto"  # auto, gpt2, bpe, bpe:8192, bytes, or a tokenizer.json; auto: gpt2 on a GPU, else bpe
+    seed: int = 123  # same seed, same run on one CPU
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    debug: bool = False  # show the traceback of an error
+
+
+# What None stands for: about four minutes on two CPU cores; on a GPU a model that is ten times larger.
+CPU_DEFAULTS = {"model_size": "micro", "context_length": 128, "batch_size": 16, "max_steps": 1400, "lr": 4e-3}
+GPU_DEFAULTS = {"model_size": "mini", "context_length": 256, "batch_size": 32, "max_steps": 3000, "lr": 1e-3}
+
+
+def resolve(config: SimpleConfig, device) -> None:
+    """Fill in what is None and refuse what cannot be. Raises ValueError."""
+    if config.n_epochs is not None and config.max_steps is None:
+        config.max_steps = sys.maxsize  # the epochs alone decide
+    for name, value in (CPU_DEFAULTS if device.type == "cpu" else GPU_DEFAULTS).items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+    for name, value in asdict(config).items():
+        if isinstance(value, int | float) and name not in ("seed", "debug") and not 0 < value < math.inf:
+            raise ValueError(f"--{name}: {value} must be more than 0")
+    GPTConfig.of_size(config.model_size)
+
+
+# --------------------------------------------------------------------------------------------------------- data
+
+
+def split_documents(documents: list[str], share=0.05, most_chars=200_000) -> tuple[list[str], list[str]]:
+    """
+    Training and validation texts: documents are cut at blank lines, and the hash of each chunk decides its side.
+
+    A hash and not a position: two copies of a chunk go to one side, and added documents do not move the old ones.
+    Validation gets `share` of the characters, most_chars at most, and at least one chunk.
+    """
+    n_chars = sum(map(len, documents))
+    length = max(1, min(4000, n_chars // 100))
+    cut = re.compile(rf"[\s\S]{{{length}}}(?:[\s\S]{{0,{length}}}?\n\n+)?|[\s\S]+\Z")  # `length` characters, then to a blank line
+    chunked = [cut.findall(text) for text in documents]
+    ranks = {c: hashlib.sha256(c.encode()).digest()[:8] for chunks in chunked for c in chunks}
+    limit = max(int(min(share, most_chars / n_chars) * 2**64).to_bytes(8, "big"), min(ranks.values()))
+    train = ["".join(c for c in chunks if ranks[c] > limit) for chunks in chunked]
+    val = ["".join(c for c in chunks if ranks[c] <= limit) for chunks in chunked]
+    return [t for t in train if t], [t for t in val if t]
+
+
+def train_batches(tokens, batch_size: int, T: int, seed: int):
+    """Endless (inputs, targets), each (B, T) int64; every window once per epoch, in an order fixed by seed and epoch."""
+    n_windows = (len(tokens) - 1) // T
+    for epoch in itertools.count():
+        order = torch.randperm(n_windows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        for i in range(0, n_windows - batch_size + 1, batch_size):
+            window = tokens[order[i : i + batch_size, None] * T + torch.arange(T + 1)].long()  # (B, T + 1)
+            yield window[:, :-1], window[:, 1:]  # the target of each position is the token that follows it
+
+
+def val_batches(tokens, batch_size: int, T: int) -> list:
+    """All (inputs, targets) of the validation text in order, the last row filled up with targets -100."""
+    missing = -(len(tokens) - 1) % T
+    inputs = F.pad(tokens[:-1].long(), (0, missing)).view(-1, T)  # (N, T)
+    targets = F.pad(tokens[1:].long(), (0, missing), value=-100).view(-1, T)  # (N, T)
+    return list(zip(inputs.split(batch_size), targets.split(batch_size), strict=True))
+
+
+# -------------------------------------------------------------------------------------------------------- story
+
+
+def main(config: SimpleConfig) -> int:
+    """Train one model; returns the exit code."""
+    device = pick_device(config.device)
+    resolve(config, device)
+    torch.manual_seed(config.seed)
+    B, T = config.batch_size, config.context_length
+
+    documents, source = load_documents(config.data_dir)
+    train_texts, val_texts = split_documents(documents)
+    tokenizer = make_tokenizer(config.tokenizer, train_texts, on_gpu=device.type != "cpu")
+    train_tokens = torch.from_numpy(tokenizer.encode_documents(train_texts).astype("int32"))
+    val_tokens = torch.from_numpy(tokenizer.encode_documents(val_texts).astype("int32"))
+    steps_per_epoch = (len(train_tokens) - 1) // T // B
+    if steps_per_epoch < 1 or len(val_tokens) < 2:
+        what = f"{len(train_tokens):,} training tokens are too few for one batch of {B} rows of {T} tokens"
+        raise ValueError(f"{source}: {what}; give more text, or a smaller --batch_size or --context_length")
+    n_steps = min(config.max_steps, (config.n_epochs or sys.maxsize) * steps_per_epoch)
+    validation, token_bytes = val_batches(val_tokens, B, T), tokenizer.token_bytes()
+
+    model_config = GPTConfig.of_size(config.model_size, vocab_size=tokenizer.vocab_size, block_size=T)
+    model = GPT(model_config).to(device)
+    decayed = [p for p in model.parameters() if p.ndim >= 2]  # matrices; decaying biases and norms does no good
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=device.type != "mps")
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_share(step, n_steps))
+    print(f"{source}: {len(documents)} documents; {tokenizer.name}: {len(train_tokens):,} training, {len(val_tokens):,} validation tokens")
+    print(f"{config.model_size}: {count_parameters(model_config):,} parameters, {n_steps} steps of {B} x {T} tokens on {device}")
+
+    run_dir = Path(config.output_dir)
+    start_run(run_dir, {"config": asdict(config), "model": asdict(model_config), "data": source, "tokenizer": tokenizer.name})
+    losses = {0: (None, None)}  # step -> (training loss, validation loss); None where it was not measured
+    events = []  # lines for metrics.jsonl that are not on disk yet
+
+    def look(step: int) -> None:  # what the model knows by now, and what it writes
+        result = evaluate_model(model, validation, device, token_bytes)
+        losses[step] = (losses[step][0], result["loss"])
+        events.append({"step": step} | {f"val_{name}": value for name, value in result.items()})
+        tqdm.write(f"step {step}: validation loss {result['loss']:.3f}, {result['bits_per_byte']:.3f} bits per byte")
+        append_lines(run_dir / "metrics.jsonl", events)
+
+    def sample(step: int) -> None:
+        with tqdm.external_write_mode():
+            text = generate_and_print_sample(model, tokenizer, device)
+        append_lines(run_dir / "samples.txt", [f"--- step {step}\n{text}\n"])
+
+    def save(step: int) -> bool:
+        state = {"script": "pretraining_simple.py", "step": step, "tokens": step * B * T, "model_config": asdict(model_config)}
+        try:
+            save_checkpoint(run_dir, step, model.state_dict(), state, {"tokenizer.json": tokenizer.to_json()}, keep_last=1)
+        except OSError as e:  # a run is worth more than a checkpoint
+            tqdm.write(f"warning: step {step} is not saved: {error_line(e)}; free some space or choose another --output_dir")
+            return False
+        return True
+
+    batches, seconds = train_batches(train_tokens, B, T, config.seed), 0.0
+    with StopRequest() as stop, tqdm(total=n_steps, unit="step") as bar:
+        look(0)
+        for step in range(1, n_steps + 1):
+            started = time.perf_counter()
+            inputs, targets = next(batches)  # (B, T) each
+            loss = calc_loss_batch(inputs, targets, model, device)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            lr = scheduler.get_last_lr()[0]
+            scheduler.step()
+            losses[step] = (loss.item(), None)
+            seconds += time.perf_counter() - started  # of training alone: looking and sampling are not speed
+
+            if not math.isfinite(losses[step][0]):
+                raise RuntimeError(f"the loss is {losses[step][0]} at step {step}; start again with a lower --lr than {config.lr:g}")
+            events.append({"step": step, "tokens": step * B * T, "train_loss": losses[step][0], "lr": lr})
+            bar.set_postfix_str(f"loss {losses[step][0]:.3f}, {step * B * T / seconds:,.0f} tokens/s")
+            bar.update()
+            last = stop or step == n_steps
+            if step % config.eval_freq == 0 or last:
+                look(step)
+            if step % config.print_sample_iter == 0 or last:
+                sample(step)
+            if step % config.save_ckpt_freq == 0 or last:
+                saved = save(step)
+            if last:
+                break
+
+        print(f"{'stopped' if stop else 'finished'} at step {step}: {step * B * T:,} tokens at {step * B * T / seconds:,.0f} per second")
+        if not saved:
+            raise OSError(f"{run_dir}: the last step could not be saved, see the warning above")
+        curves = zip(*[(s, s * B * T, *pair) for s, pair in losses.items()], strict=True)
+        plot_losses(*curves, run_dir / "loss.png", uniform_loss=math.log(tokenizer.vocab_size))
+    print(f"{run_dir}: loss.png, samples.txt, metrics.jsonl, checkpoints/step_{step:06d}")
+    print(f'sample from it: python {os.path.relpath(Path(__file__).parent / "gpt_train.py")} --checkpoint {run_dir} --prompt "It was"')
+    return stop.exit_code or 0
+
+
+def learning_rate_share(step: int, n_steps: int) -> float:
+    """Share of the highest learning rate: a linear warmup over the first tenth (100 steps at most), then a cosine to 0.1."""
+    warmup = min(100, n_steps // 10)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(n_steps - warmup, 1))
+
+
+def start_run(run_dir: Path, facts: dict) -> None:
+    """Begin the run folder with run.json; a run that is there already is moved to the next free name, not lost."""
+    try:
+        if (run_dir / "run.json").exists():
+            n = next(n for n in itertools.count(1) if not run_dir.with_name(f"{run_dir.name}-{n}").exists())
+            run_dir.rename(run_dir.with_name(f"{run_dir.name}-{n}"))
+            print(f"the earlier run is kept as {run_dir}-{n}")
+        write_file(run_dir / "run.json", json.dumps({**facts, "torch": torch.__version__, "command": sys.argv}, indent=1).encode())
+    except OSError as e:
+        raise ValueError(f"--output_dir: {error_line(e)}; choose a folder that can be written") from e
+
+
+# Left out, so that the page stays short. It is the matter of pretraining_advanced.py, which is being written:
+# - going on after a kill with the same bits: --resume            - bf16, compile, gradient accumulation: --dtype, --compile
+# - several GPUs: --parallel                                      - texts larger than memory, as token shards: --dataset_name
+# - GaLore, Muon and other schedules: --optimizer, --schedule     - a step with a non-finite gradient is skipped, not fatal
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(parse(SimpleConfig)))

@@ -1,0 +1,65 @@
+"""The commands a newcomer copies out of README.md are the commands that run."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+from conftest import ROOT, run
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = [line.split(" #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip() and not line.startswith("#")]
+
+
+def test_the_two_commands_are_there_word_for_word():
+    assert COMMANDS[:2] == [
+        "pip install -r requirements.txt && python pretraining_simple.py",
+        "pip install -r requirements.txt && python -m pytest",
+    ]
+
+
+def as_here(command: str) -> list[str]:
+    """The part behind `&&` with this interpreter (what is installed already is not installed again)."""
+    words = shlex.split(command.split("&&")[-1])
+    assert words[0] == "python"
+    return [sys.executable, *words[1:]]
+
+
+def test_the_first_command_trains(tmp_path):
+    words = as_here(COMMANDS[0])
+    words[1] = str(ROOT / words[1])
+    result = subprocess.run([*words, "--max_steps", "20"], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    losses = [float(x) for x in re.findall(r"validation loss ([\d.]+)", result.stdout)]
+    assert abs(losses[0] - 8.32) < 0.3 and losses[-1] < losses[0] - 0.5  # ln(4096), and falling
+    assert (tmp_path / "runs/simple/loss.png").exists()
+
+
+def test_the_second_command_finds_the_tests():
+    result = subprocess.run([*as_here(COMMANDS[1]), "--collect-only"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0 and "test_the_second_command_finds_the_tests" in result.stdout, result.stdout[-2000:]
+
+
+def test_every_other_command_is_understood():
+    """Each is started with --help behind it: flags and files that do not exist would be refused."""
+    seen = 0
+    for command in COMMANDS[2:]:
+        words = shlex.split(command.split("&&")[-1])
+        if words[0] == "python" and words[1].endswith(".py"):
+            for flag in (w for w in words[2:] if w.startswith("--")):
+                assert flag in run(words[1], *([words[2]] if words[1] == "prep_dataset.py" else []), "--help", cwd=ROOT).stdout, command
+            seen += 1
+        else:
+            assert words[:2] in (["pip", "install"], ["python", "-m"]), command
+    assert seen >= 3
+
+
+def test_the_file_map_names_every_script_and_part():
+    for path in [*ROOT.glob("*.py"), *(ROOT / "parts").glob("[a-z]*.py")]:
+        assert f"`{path.relative_to(ROOT).as_posix()}`" in README, path.name
+
+
+def test_requirements_end_with_the_project_itself_and_pin_torch():
+    lines = [line for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines() if line.strip()]
+    assert lines[-1] == "-e ." and "torch==2.13.0" in lines

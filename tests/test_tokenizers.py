@@ -1,0 +1,150 @@
+"""Our ids are tiktoken's; what is written opens in Hugging Face's tokenizers with the same ids."""
+
+import json
+import socket
+
+import numpy as np
+import pytest
+import tiktoken
+from conftest import GPT2_CACHE, shared
+
+from parts import tokenizers as T
+
+
+@pytest.fixture
+def gpt2(monkeypatch):
+    shared("data/gpt2/tiktoken_cache")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(GPT2_CACHE))
+    return T.gpt2_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return T.train_bpe(["The quick brown fox jumps over the lazy dog. The dog sleeps; the fox does not.\n\n" * 30, "naïve café"], 400)
+
+
+def test_gpt2_ids_equal_tiktokens_on_tiny_shakespeare(gpt2):
+    text = shared("data/reference/tinyshakespeare.txt").read_text(encoding="utf-8")
+    cut = int(len(text) * 0.9)
+    assert (len(gpt2.encode(text[:cut])), len(gpt2.encode(text[cut:]))) == (301_966, 36_059)  # nanoGPT's counts
+    assert np.array_equal(gpt2.encode(text), tiktoken.get_encoding("gpt2").encode_ordinary(text))
+    assert gpt2.encode("Hello world").tolist() == [15496, 995] and gpt2.eot == 50256 and gpt2.vocab_size == 50257
+
+
+def test_gpt2s_own_files_load_as_a_local_tokenizer(gpt2):
+    for path in ("data/gpt2/vocab.bpe", "data/gpt2/hf", "data/gpt2/hf/merges.txt"):
+        assert T.Tokenizer.load(shared(path)).fingerprint == gpt2.fingerprint
+
+
+TEXTS = [
+    "مرحبا بالعالم",
+    "Привет, мир!",
+    "😀👩‍👩‍👧 zwj",
+    "\x00\x7f\x80\xff",
+    "a\r\n\tb   \n\n\n",
+    "I'll we've 1234 <|endoftext|> x",
+    "",
+    "ﬀ\u0301",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("kind", ["gpt2", "bpe", "bytes"])
+def test_every_text_comes_back(kind, text, request):
+    tokenizer = T.byte_tokenizer() if kind == "bytes" else request.getfixturevalue(kind)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids.tolist()) == text
+    assert tokenizer.eot not in ids.tolist()  # the separator written out is text
+    assert tokenizer.token_bytes()[ids].sum() == len(text.encode()) and ids.max(initial=0) < tokenizer.vocab_size
+
+
+@pytest.mark.parametrize("kind", ["bpe", "bytes"])
+def test_lone_bytes_come_back_as_bytes_and_never_crash_as_text(kind, bpe):
+    tokenizer = bpe if kind == "bpe" else T.byte_tokenizer()
+    ids = [tokenizer.ranks[bytes([b])] for b in range(256)]
+    assert tokenizer.decode_bytes(ids) == bytes(range(256))
+    assert "\ufffd" in tokenizer.decode(ids)
+
+
+def test_documents_end_with_end_of_text_exactly_once(bpe):
+    ids = bpe.encode_documents(["one", "", "two <|endoftext|> two"]).tolist()
+    assert ids.count(bpe.eot) == 3 and ids[-1] == bpe.eot
+    assert bpe.encode_documents([]).shape == (0,)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bpe", "bytes"])
+def test_saved_tokenizer_loads_here_and_in_hugging_face_with_the_same_ids(kind, request, tmp_path):
+    import tokenizers
+
+    tokenizer = T.byte_tokenizer() if kind == "bytes" else request.getfixturevalue(kind)
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer.to_json())
+    text = "The quick naïve fox: 12345 'tis we'll  \n\n jump 😀 Привет"
+    again = T.Tokenizer.load(tmp_path)
+    assert again.fingerprint == tokenizer.fingerprint and again.eot == tokenizer.eot
+    assert tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids == tokenizer.encode(text).tolist()
+
+
+def test_training_a_bpe_is_repeatable_and_merges_what_is_frequent(bpe):
+    texts = ["The quick brown fox jumps over the lazy dog. The dog sleeps; the fox does not.\n\n" * 30, "naïve café"]
+    assert T.train_bpe(texts, 400).fingerprint == bpe.fingerprint
+    assert len(bpe.encode(" fox")) == 1 and bpe.vocab_size <= 400
+    assert T.train_bpe([""], 300).vocab_size == 257
+
+
+def test_different_merges_have_different_fingerprints(bpe):
+    assert len({bpe.fingerprint, T.byte_tokenizer().fingerprint, T.train_bpe(["other text " * 50], 300).fingerprint}) == 3
+
+
+def test_auto_takes_the_small_vocabulary_on_a_cpu():
+    assert T.make_tokenizer("auto", ["some text " * 100]).name.startswith("bpe:")
+    assert T.make_tokenizer("bytes", []).vocab_size == 257
+    assert T.make_tokenizer("bpe:280", ["some text, more text " * 100]).vocab_size <= 280
+
+
+@pytest.mark.parametrize("spec", ["gpt2", "auto"])
+def test_without_network_and_cache_a_bpe_is_trained_and_one_line_says_so(spec, monkeypatch, tmp_path, capsys):
+    def refuse(*_, **__):
+        raise OSError("no network here")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    assert T.make_tokenizer(spec, ["some text " * 100], on_gpu=True).name.startswith("bpe:")
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "training a BPE" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_download_that_hangs_is_given_up_in_time(monkeypatch, tmp_path):
+    listener = socket.socket()  # accepts, never answers
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    with listener, pytest.raises(OSError, match=r"timed out|no answer within"):
+        T._download(f"http://127.0.0.1:{listener.getsockname()[1]}/x", tmp_path / "x", 0.5)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("spec", ["bpe:x", "bpe:12", "nonsense", "gpt3"])
+def test_a_spec_that_names_nothing_is_refused(spec):
+    with pytest.raises((ValueError, FileNotFoundError), match="--tokenizer"):
+        T.make_tokenizer(spec, ["text"])
+
+
+def test_a_tokenizer_file_that_would_give_other_ids_is_refused(tmp_path, bpe):
+    good = json.loads(bpe.to_json())
+    wrong = {
+        "normalizer": {"normalizer": {"type": "NFC"}},
+        "wordpiece": {"model": {"type": "WordPiece", "vocab": {}}},
+        "no special": {"added_tokens": []},
+        "shuffled": {"model": {**good["model"], "merges": good["model"]["merges"][::-1]}},
+        "no model": {"model": None},
+    }
+    for change in wrong.values():
+        (tmp_path / "t.json").write_text(json.dumps({**good, **change}), encoding="utf-8")
+        with pytest.raises(ValueError, match=r"t\.json"):
+            T.Tokenizer.load(tmp_path / "t.json")
+    for junk in (b"", b"not json", b"[]", b"\xff\xfe"):
+        (tmp_path / "t.json").write_bytes(junk)
+        with pytest.raises(ValueError, match=r"t\.json"):
+            T.Tokenizer.load(tmp_path / "t.json")
+    with pytest.raises(ValueError, match="modernbert-base"):
+        T.Tokenizer.load(shared("data/tokenizers/modernbert-base"))
