@@ -27,7 +27,9 @@ import importlib
 import inspect
 import json
 import os
+import re
 import shutil
+import signal
 import sysconfig
 import time
 import urllib.error
@@ -45,6 +47,7 @@ from parts.config import parse
 from parts.launch import error_line, run_script
 
 EOT_LINE = "<|endoftext|>"  # between books, alone on its line
+SEPARATOR = re.compile(rf"^{re.escape(EOT_LINE)}$", re.MULTILINE)  # inside a line it is text
 # A dozen classics, 7 MB: what pretraining_simple.py fetches where there is nothing to read.
 CLASSICS = (11, 35, 36, 43, 46, 74, 76, 84, 98, 345, 1342, 1661)
 
@@ -114,14 +117,17 @@ def download_books(book_ids, folder, mirror: str, pause_s: float) -> tuple[list[
     """
     Fetch each book that `folder` lacks, in order; returns (paths, {book id: why it failed}).
 
-    A book is tried under the two addresses Project Gutenberg uses. When the first one finds no server at all the
-    others are not tried: without a network a dozen books would cost a dozen time-outs.
+    A book is tried under the two addresses Project Gutenberg uses. Where no server answers, at the first book or three
+    times in a row, the rest is not tried: without a network a dozen books would cost a dozen time-outs.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    paths, failed, fetched = [], {}, 0
-    for n in tqdm(book_ids, desc="downloading", unit="book", disable=not book_ids):
+    paths, failed, fetched, silent = [], {}, 0, 0
+    for n in tqdm(book_ids, desc="downloading", unit="book"):
         path = folder / f"pg{n}.txt"
+        if silent >= (3 if paths else 1) and not path.exists():
+            failed[n] = "not tried, no server answered before"
+            continue
         if not path.exists():
             if fetched:
                 time.sleep(pause_s)
@@ -129,16 +135,15 @@ def download_books(book_ids, folder, mirror: str, pause_s: float) -> tuple[list[
             for address in (f"cache/epub/{n}/pg{n}.txt", f"files/{n}/{n}-0.txt"):
                 try:
                     fetch(f"{mirror.rstrip('/')}/{address}", path)
-                    failed.pop(n, None)
+                    silent = 0
                     break
                 except urllib.error.HTTPError as e:
-                    failed[n] = f"HTTP {e.code} {e.reason}"
+                    failed[n], silent = f"HTTP {e.code} {e.reason}", 0
                 except OSError as e:
-                    failed[n] = str(getattr(e, "reason", e))
-                    if not paths and isinstance(e, urllib.error.URLError):
-                        return paths, dict.fromkeys(book_ids, failed[n])
+                    failed[n], silent = str(getattr(e, "reason", e)), silent + 1
                     break
-        if n not in failed:
+        if path.exists():
+            failed.pop(n, None)
             paths.append(path)
     return paths, failed
 
@@ -162,8 +167,8 @@ def clean_book(path: Path, strip: bool) -> dict:
     except ValueError as e:
         return {"status": "not a book", "reason": str(e)}
     stripped = gutenberg.strip_boilerplate(raw) if strip else gutenberg.Stripped(raw)
-    # The separator is a line of its own in the output; the rare text that has it must not be cut in two.
-    text = gutenberg.normalise(stripped.text.replace(EOT_LINE, "<| endoftext |>"))
+    # A text that has the separator as a line of its own must not be cut in two there.
+    text = gutenberg.normalise(SEPARATOR.sub("<| endoftext |>", stripped.text))
     done = {"encoding": encoding, "chars_in": len(raw), "chars_out": len(text), "header_chars": stripped.header_chars}
     done |= {"footer_chars": stripped.footer_chars, "notices_removed": stripped.notices}
     reason = gutenberg.why_no_book(text)
@@ -179,7 +184,8 @@ def _cleaned(paths, strip: bool, n_workers: int):
     if n_workers == 1:
         yield from (clean_book(path, strip) for path in paths)
         return
-    with ProcessPoolExecutor(n_workers) as pool:
+    # A terminal sends Ctrl-C to every process: only this one is to answer it.
+    with ProcessPoolExecutor(n_workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         try:
             waiting, left = deque(), iter(paths)
             while True:
@@ -334,7 +340,7 @@ def read_documents(path) -> list[str]:
             raise ValueError(f"{file}: {what}; convert it, or let prep_dataset.py gutenberg --data_dir {path} find its encoding") from e
         if "\0" in text:
             raise ValueError(f"{file}: a binary file (it has NUL bytes); remove it from {path}")
-        documents += [document.strip("\n") for document in text.split(EOT_LINE) if document.strip()]
+        documents += [document.strip("\n") for document in SEPARATOR.split(text) if document.strip()]
     if not documents:
         raise ValueError(f"--data_dir: all {len(files)} .txt files of {path} are empty; give some text")
     uncleaned = sum("START OF TH" in d[:20_000] and "PROJECT GUTENBERG" in d[:20_000] for d in documents)

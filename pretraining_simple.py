@@ -44,7 +44,7 @@ from prep_dataset import load_documents
 
 @dataclass
 class SimpleConfig:
-    """Pretrain a GPT on a folder of text; None means chosen for the device (the table below)."""
+    """Pretrain a GPT on a folder of text. Where the default is None, it depends on the device."""
 
     data_dir: str | None = None  # folder of .txt files; None: prepared books, else fetched ones, else Python's own texts
     output_dir: str = "runs/simple"  # run folder
@@ -166,7 +166,7 @@ def main(config: SimpleConfig) -> int:
 
     def sample(step: int) -> None:
         with tqdm.external_write_mode():
-            text = generate_and_print_sample(model, tokenizer, device)
+            text = generate_and_print_sample(model, tokenizer, device, "It was", temperature=0.7)
         append_lines(run_dir / "samples.txt", [f"--- step {step}\n{text}\n"])
 
     def save(step: int) -> bool:
@@ -246,4 +246,4 @@ def start_run(run_dir: Path, facts: dict) -> None:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(SimpleConfig)))
+    run_script(lambda: main(parse(SimpleConfig, notes=f"\n\nCPU: {CPU_DEFAULTS}\n\nGPU: {GPU_DEFAULTS}")))

@@ -13,9 +13,9 @@ from typing import Annotated, Union
 import tyro
 
 
-def parse(config_class, argv=None):
+def parse(config_class, argv=None, notes: str = ""):
     """
-    The dataclass filled from the command line (`argv`, default sys.argv[1:]).
+    The dataclass filled from the command line (`argv`, default sys.argv[1:]); `notes` stand below its docstring in --help.
 
     Flags are the field names, `_` and `-` both accepted, booleans as --flag/--no-flag. A dict {name: dataclass} makes
     commands: `script.py name --flag ...`. A wrong line prints one `error:` per problem and exits with 2.
@@ -33,7 +33,7 @@ def parse(config_class, argv=None):
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(tyro_type, args=argv, use_underscores=True)
+            return tyro.cli(tyro_type, args=argv, use_underscores=True, description=f"{config_class.__doc__}{notes}" if notes else None)
     except SystemExit as e:
         if e.code:
             _refuse(_problems(printed.getvalue(), argv, classes))

@@ -4,8 +4,10 @@ import contextlib
 import csv
 import http.server
 import json
+import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -201,7 +203,7 @@ def prepare(tmp_path, *arguments, **options):
 def test_separator_in_a_book_size_limit_and_folders(tmp_path):
     source = tmp_path / "in" / "deep"
     source.mkdir(parents=True)
-    (source / "a.txt").write_text(PROSE * 20 + "a <|endoftext|> in the text", encoding="utf-8")
+    (source / "a.txt").write_text(PROSE * 20 + "a <|endoftext|> in the text\n<|endoftext|>\nand one between lines", encoding="utf-8")
     (source / "b.txt").write_text("Another story altogether, of ships and of shoes and of sealing wax. " * 300, encoding="utf-8")
     (source / "c.TXT").write_text("Chapter and verse on cabbages, on kings, and on why the sea is boiling hot. " * 10, encoding="utf-8")
     (source / "d.html").write_text("<p>no text</p>", encoding="utf-8")
@@ -214,7 +216,7 @@ def test_separator_in_a_book_size_limit_and_folders(tmp_path):
     }  # fmt: skip
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["combined_1.txt", "combined_2.txt", "combined_3.txt", "report.json"]
     documents = read_documents(tmp_path / "out")
-    assert len(documents) == 3 and documents[0].endswith("a <| endoftext |> in the text")
+    assert len(documents) == 3 and documents[0].endswith("a <|endoftext|> in the text\n<| endoftext |>\nand one between lines")
 
 
 def test_boilerplate_can_be_kept(tmp_path):
@@ -285,6 +287,20 @@ def test_reading_back_names_the_file_that_is_no_utf8_text(tmp_path):
 def test_the_english_of_python_is_plenty_and_always_the_same():
     documents = python_docs()
     assert documents == python_docs() and sum(map(len, documents)) > 500_000
+
+
+@pytest.mark.parametrize("seconds", [0.5, 0.9, 1.3, 2.0])
+def test_ctrl_c_stops_all_workers_and_leaves_nothing(tmp_path, seconds):
+    """As a terminal does it: the signal goes to the whole process group."""
+    command = [sys.executable, ROOT / "prep_dataset.py", "gutenberg", "--data_dir", shared("data/gutenberg"), "--workers", "2"]
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in out + err, err[-1500:]
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------- downloads

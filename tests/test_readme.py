@@ -1,5 +1,6 @@
 """The commands a newcomer copies out of README.md are the commands that run."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -29,7 +30,16 @@ def as_here(command: str) -> list[str]:
 def test_the_first_command_trains(tmp_path):
     words = as_here(COMMANDS[0])
     words[1] = str(ROOT / words[1])
-    result = subprocess.run([*words, "--max_steps", "20"], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    no_network = {"https_proxy": "http://127.0.0.1:9"}  # a test must not fetch a dozen books from a charity each time
+    result = subprocess.run(
+        [*words, "--max_steps", "20"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, **no_network},
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     losses = [float(x) for x in re.findall(r"validation loss ([\d.]+)", result.stdout)]
     assert abs(losses[0] - 8.32) < 0.3 and losses[-1] < losses[0] - 0.5  # ln(4096), and falling
