@@ -75,22 +75,25 @@ MARKERS = {
     "licence": rf"^\W{{0,6}}(?:start:?\W{{0,3}}full\s+license|the{_GAP}full{_GAP}{_PG}|updated\s+editions\s+will\s+replace)",
 }
 MARKER = re.compile("|".join(f"(?P<{name.replace(' ', '_')}>{form})" for name, form in MARKERS.items()), re.IGNORECASE | re.MULTILINE)
-SMALL_PRINT = re.compile(r"^[^\n]*small\s+print!(?:[^\n]|\n(?!\n))*", re.IGNORECASE | re.MULTILINE)  # up to the end of the paragraph
+# From "Small Print!" to the end of its paragraph; a character of a novel who reads the small print! writes it small.
+SMALL_PRINT = re.compile(r"^[^\n]*(?-i:SMALL|Small|\*The small)\s+print!(?:[^\n]|\n(?!\n))*", re.IGNORECASE | re.MULTILINE)
 LONGEST_HEADER = 20_000  # characters; the longest real one has 13,000 (a licence at the end: 20,000)
 LONGEST_FOOTER = 40_000
 
 # Words that no book of the public domain has: a paragraph with one was written for the electronic edition.
 EDITORS_WORDS = re.compile(
     rf"{_PG}|gutenberg(?:-tm|™|\.org|\.net|\s+e-?(?:text|book))|\b(?:e-?texts?|ebooks?|etexts?\d*)\b|\bpglaf\b|\bpgdp\b|"
-    r"gutenberg\s+proje[ck]t|small\s+print!|distributed\s+proofread|<<this\s+electronic\s+version",
+    r"gutenberg\s+proje[ck]t|(?-i:SMALL|Small)\s+(?-i:PRINT|Print)!|distributed\s+proofread|<<this\s+electronic\s+version",
     re.IGNORECASE,
 )
 # Near the beginning of a book also credits, addresses, header fields and terms of use are taken out.
+_VERBS = (
+    "Produced Prepared Transcribed Scanned Digitized Digitised Typed Keyed Reformatted Proofed Proofread Reproofed Converted Contributed"
+)
+_VERB = "|".join(form for verb in [*_VERBS.split(), "Contributed", "Submitted", "Entered", "HTML version"] for form in (verb, verb.upper()))
 CREDITS = re.compile(
-    r"^\W*(?:this\s+(?:file|text|edition|version|work)\s+(?:was|is)\s+|text\s+file\s+)?"
-    r"(?:first\s+)?(?:produced|prepared|transcribed|scanned|digiti[sz]ed|typed|keyed|re-?formatted|proofed|proof-?read|"
-    r"re-?proofed|converted|contributed|submitted|entered|html\s+(?:version|file)|html\s+conversion)\b"
-    r"[^.\n]{0,60}?(?:\bby\b|\bfrom\b|:)"
+    # capitals and the beginning of a line, for a line of prose may well begin with "produced by"
+    rf"^\W*(?:(?i:this|text|e-?text|first)\W+(?:\w+\W+){{0,3}}?)?(?-i:{_VERB})(?::|(?:\s+\w+){{0,3}}?\s+(?:by|from|BY|FROM)\b)"
     r"|\S+@\S+\.\w+|https?://|\bwww\.|sharewared|disclaimer\s+of\s+damages|indemnify|tax.deductible|michael\s+s\.?\s+hart|"
     r"public\s+domain|copyright\s+laws?\s|right\s+of\s+replacement|limited\s+warranty|donations\s+more\s+than\s+ever|"
     r"world\s+library,?\s+inc|should\s+be\s+named\s+\S+\.(?:txt|zip)|plain\s+vanilla|^\W*(?:disclaimer|indemnity)\W*$|"

@@ -148,7 +148,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_every_layout_leaves_the_whole_body_and_nothing_else(layout, newline):
-    body = PROSE * 40 + "He loved Big Brother's *** stars *** and the end of the road.\n\n"
+    traps = "The sound was\nproduced by the bell and\nprepared for tea by him, who\nentered the room from the garden, reading the small print!\n\n"
+    body = traps + PROSE * 40 + "He loved Big Brother's *** stars *** and the end of the road.\n\n"
     raw, _ = G.decode(LAYOUTS[layout].format(body=body).replace("\n", newline).encode("utf-8-sig"))
     text = G.normalise(G.strip_boilerplate(raw).text)
     expected = collapse(body) + (" Second." if layout == "two etexts in one" else "")

@@ -142,12 +142,13 @@ def test_a_text_without_blank_lines_is_split_too():
 
 def test_every_window_comes_once_per_epoch_and_targets_are_the_next_tokens():
     tokens = torch.arange(8 * 10 + 1, dtype=torch.int32)
-    batches = train_batches(tokens, 2, 8, seed=1)
-    epochs = [[next(batches) for _ in range(5)] for _ in range(2)]
-    for epoch in epochs:
-        inputs, targets = torch.cat([x for x, _ in epoch]), torch.cat([y for _, y in epoch])
-        assert sorted(inputs[:, 0].tolist()) == list(range(0, 80, 8)) and torch.equal(targets, inputs + 1)
-    assert not torch.equal(epochs[0][0][0], epochs[1][0][0])
+    for batch_size in (2, 3, 10):  # also one that does not divide an epoch: its last batch reaches into the next
+        batches = train_batches(tokens, batch_size, 8, seed=1)
+        rows = [next(batches) for _ in range(30 // batch_size)]
+        inputs, targets = torch.cat([x for x, _ in rows]), torch.cat([y for _, y in rows])
+        assert torch.equal(targets, inputs + 1)
+        epochs = [inputs[i : i + 10, 0].tolist() for i in (0, 10, 20)]
+        assert all(sorted(epoch) == list(range(0, 80, 8)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
 
 
 @pytest.mark.parametrize("n", [2, 8, 9, 10, 17, 50])
