@@ -84,6 +84,7 @@ class ExtractConfig:
 
 USER_AGENT = "pretraining-in-plain-scripts/0.1 (prep_dataset.py; one book at a time)"
 TIMEOUT_S = 20  # per connection and read
+DEADLINE_S = 600  # per book; a server that sends a byte now and then never times out
 MAX_BOOK_BYTES = 64 << 20  # the longest books have 10 MB
 
 
@@ -95,9 +96,11 @@ def fetch(url: str, path: Path) -> None:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response, open(part, "wb") as out:
             if "html" in response.headers.get("Content-Type", ""):
                 raise OSError("the server sent a web page instead of a text")
-            n = 0
-            while block := response.read(1 << 16):
+            n, started = 0, time.monotonic()
+            while block := response.read1(1 << 16):
                 n += len(block)
+                if time.monotonic() - started > DEADLINE_S:
+                    raise OSError(f"not complete after {DEADLINE_S} s")
                 if n > MAX_BOOK_BYTES:
                     raise OSError(f"longer than {MAX_BOOK_BYTES >> 20} MB")
                 out.write(block)

@@ -15,6 +15,8 @@ Marker forms were collected from the books themselves; the licence text is at ht
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import re
 import zlib
 from dataclasses import dataclass, field
@@ -87,14 +89,13 @@ EDITORS_WORDS = re.compile(
     re.IGNORECASE,
 )
 # Near the beginning of a book also credits, addresses, header fields and terms of use are taken out.
-_VERBS = (
-    "Produced Prepared Transcribed Scanned Digitized Digitised Typed Keyed Reformatted Proofed Proofread Reproofed Converted Contributed"
-)
-_VERB = "|".join(form for verb in [*_VERBS.split(), "Contributed", "Submitted", "Entered", "HTML version"] for form in (verb, verb.upper()))
+_VERBS = "Produced Prepared Transcribed Scanned Digitized Digitised Typed Keyed Reformatted Proofed Proofread Reproofed Converted"
+_VERBS = [*_VERBS.split(), "Contributed", "Submitted", "Entered", "HTML version"]
+_VERB = "|".join([*_VERBS, *map(str.upper, _VERBS)])
 CREDITS = re.compile(
     # capitals and the beginning of a line, for a line of prose may well begin with "produced by"
     rf"^\W*(?:(?i:this|text|e-?text|first)\W+(?:\w+\W+){{0,3}}?)?(?-i:{_VERB})(?::|(?:\s+\w+){{0,3}}?\s+(?:by|from|BY|FROM)\b)"
-    r"|\S+@\S+\.\w+|https?://|\bwww\.|sharewared|disclaimer\s+of\s+damages|indemnify|tax.deductible|michael\s+s\.?\s+hart|"
+    r"|[^\s@]{1,64}@[^\s@]{1,64}\.\w|https?://|\bwww\.|sharewared|disclaimer\s+of\s+damages|indemnify|tax.deductible|michael\s+s\.?\s+hart|"
     r"public\s+domain|copyright\s+laws?\s|right\s+of\s+replacement|limited\s+warranty|donations\s+more\s+than\s+ever|"
     r"world\s+library,?\s+inc|should\s+be\s+named\s+\S+\.(?:txt|zip)|plain\s+vanilla|^\W*(?:disclaimer|indemnity)\W*$|"
     r"^(?:release\s+date|posting\s+date|character\s+set\s+encoding|language|edition|last\s+updated|most\s+recently\s+updated|credits)\s*:",
@@ -116,13 +117,15 @@ class Stripped:
 
 
 def strip_boilerplate(text: str) -> Stripped:
-    """The book without what Project Gutenberg put around it. A text without any marker is returned whole."""
-    text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
+    """The book without what Project Gutenberg put around it. A text that does not come from there is returned whole."""
+    text = _without_trailing_blanks(text)
     pieces, opened, closed, marked = [], 0, 0, False  # opened: where the piece at hand began, None outside a book
     first = MARKER.search(text)
     head = text[: min(first.start() if first else len(text), LONGEST_HEADER)]
     for m in SMALL_PRINT.finditer(head):  # its end has many forms: what counts is where it is last spoken of
         opened = m.end()
+    if first is None and not opened and not EDITORS_WORDS.search(head):
+        return Stripped(text)
     for m in MARKER.finditer(text):
         opens = m.lastgroup in ("start", "header_end", "small_print_end")
         is_header = not marked and (opens or m.lastgroup == "small_print") and m.start() <= LONGEST_HEADER
@@ -147,16 +150,17 @@ def strip_boilerplate(text: str) -> Stripped:
 
 def _without_notices(text: str, notices: list[str]) -> str:
     """The piece without paragraphs about the electronic edition; their first words are added to `notices`."""
-    paragraphs = re.split(r"\n(?:[ \t]*\n)+", text.strip("\n"))
+    paragraphs = re.split(r"\n\n+", text.strip("\n"))
     kept = []
     for i, paragraph in enumerate(paragraphs):
         n_lines = paragraph.count("\n") + 1
         found = EDITORS_WORDS.search(paragraph) or (i < EDGE_PARAGRAPHS and n_lines <= LONGEST_NOTICE // 2 and CREDITS.search(paragraph))
         if found and n_lines > LONGEST_NOTICE:
+            lines = paragraph.split("\n")
+            ends = list(itertools.accumulate(len(line) + 1 for line in lines))
             gone = set()  # the lines that a match touches: "Project" may end one and "Gutenberg" begin the next
             for m in EDITORS_WORDS.finditer(paragraph):
-                gone.update(range(paragraph.count("\n", 0, m.start()), paragraph.count("\n", 0, m.end()) + 1))
-            lines = paragraph.split("\n")
+                gone.update(range(bisect.bisect_right(ends, m.start()), bisect.bisect_right(ends, m.end()) + 1))
             notices += [lines[n].strip()[:80] for n in sorted(gone)]
             paragraph, found = "\n".join(line for n, line in enumerate(lines) if n not in gone), None
         if found:
@@ -165,14 +169,17 @@ def _without_notices(text: str, notices: list[str]) -> str:
             kept.append(i)
             paragraphs[i] = paragraph
     # Rebuild from the original gaps, so that the distance between chapters survives.
-    gaps = [*re.findall(r"\n(?:[ \t]*\n)+", text.strip("\n")), ""]
+    gaps = [*re.findall(r"\n\n+", text.strip("\n")), ""]
     return "".join(paragraphs[i] + gaps[i] for i in kept).strip("\n")
 
 
 def normalise(text: str) -> str:
     """Line ends without trailing blanks, at most two blank lines in a row, none at either end."""
-    text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
-    return re.sub(r"\n{4,}", "\n\n\n", text).strip("\n")
+    return re.sub(r"\n{4,}", "\n\n\n", _without_trailing_blanks(text)).strip("\n")
+
+
+def _without_trailing_blanks(text: str) -> str:
+    return "\n".join(line.rstrip(" \t") for line in text.split("\n"))  # the obvious pattern takes minutes on long runs of blanks
 
 
 # ------------------------------------------------------------------------------ what kind of text, and seen before?

@@ -18,6 +18,7 @@ import zipfile
 import pytest
 from conftest import ROOT, SHARED, one_error_line, run, shared
 
+import prep_dataset
 from parts import gutenberg as G
 from prep_dataset import GutenbergConfig, clean_book, prepare_gutenberg, python_docs, read_documents
 
@@ -157,8 +158,16 @@ def test_every_layout_leaves_the_whole_body_and_nothing_else(layout, newline):
 
 
 def test_other_peoples_text_comes_out_as_it_went_in():
-    text = (PROSE + "    indented verse\n\tand a tab\n\n\n") * 30
+    text = (PROSE + "    indented verse\n\tand a tab, https://example.org\n\nProduced by me@example.org\n\n\n") * 30
     assert G.normalise(G.strip_boilerplate(text).text) == text.strip("\n")
+
+
+@pytest.mark.parametrize("odd", [" " * 300_000 + "x", "x" * 300_000, "ebook " * 60_000, "*" * 300_000, "\n" * 300_000, "a@" * 150_000])
+def test_odd_text_takes_no_odd_time(odd):
+    started = time.time()
+    text = G.normalise(G.strip_boilerplate(HEADER + START + odd + "\n" * 9 + odd + "\n" + END).text)
+    G.why_no_book(text), G.language_of(text), G.sketch(text)
+    assert time.time() - started < 5
 
 
 @pytest.mark.parametrize(
@@ -309,7 +318,7 @@ def test_ctrl_c_stops_all_workers_and_leaves_nothing(tmp_path, seconds):
 
 @contextlib.contextmanager
 def book_server(answer):
-    """A server on the loopback address; answer(path) -> (status, announced length or None, body, seconds to wait)."""
+    """A server on the loopback address; answer(path) -> (status, announced length or None, body; a list is sent slowly)."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -322,7 +331,9 @@ def book_server(answer):
                 self.send_header("Content-Length", str(length))
             self.end_headers()
             with contextlib.suppress(OSError):
-                self.wfile.write(body)
+                for piece in body if isinstance(body, list) else [body]:
+                    self.wfile.write(piece)
+                    time.sleep(0.1 * isinstance(body, list))
 
         def log_message(self, *_):
             pass
@@ -371,6 +382,13 @@ def test_a_server_that_lies_leaves_no_file(tmp_path, lie):
         line = one_error_line(prepare(tmp_path, "--book_ids", "1", "--mirror", url, "--pause_s", "0"), 2)
     assert {"cut": "cut off after 500", "empty": "empty", "error": "503"}[lie] in line
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_a_server_that_drips_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(prep_dataset, "DEADLINE_S", 0.5)
+    with book_server(lambda _: (200, 100, [b"x"] * 100)) as (url, *_), pytest.raises(OSError, match="not complete after"):
+        prep_dataset.fetch(f"{url}/x", tmp_path / "x.txt")
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_server_at_all_is_one_line(tmp_path):
