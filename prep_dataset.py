@@ -62,6 +62,7 @@ class GutenbergConfig:
     languages: tuple[str, ...] = ("en",)  # ISO 639-1 codes to keep, or: all
     keep_duplicates: bool = False  # keep further editions of a book that is already in
     strip_boilerplate: bool = True  # take off headers, licences, small print, credits and footers
+    unwrap: bool = True  # put each prose paragraph on one line; verse and tables keep their lines
     max_size_mb: float = 500.0  # MB of text per combined file; a larger book gets a file of its own
     max_extract_mb: float = 4000.0  # MB that one archive may unpack to
     workers: int | None = None  # processes, each holding one book at a time; None: one per CPU core
@@ -154,7 +155,7 @@ def download_books(book_ids, folder, mirror: str, pause_s: float) -> tuple[list[
 # --------------------------------------------------------------------------------------------- clean and combine
 
 
-def clean_book(path: Path, strip: bool) -> dict:
+def clean_book(path: Path, strip: bool, unwrap: bool) -> dict:
     """
     One file, read and cleaned: {"text", "language", "sketch", ...}, or {"status", "reason"} where it cannot be used.
 
@@ -172,6 +173,7 @@ def clean_book(path: Path, strip: bool) -> dict:
     stripped = gutenberg.strip_boilerplate(raw) if strip else gutenberg.Stripped(raw)
     # A text that has the separator as a line of its own must not be cut in two there.
     text = gutenberg.normalise(SEPARATOR.sub("<| endoftext |>", stripped.text))
+    text = gutenberg.unwrap(text) if unwrap else text
     done = {"encoding": encoding, "chars_in": len(raw), "chars_out": len(text), "header_chars": stripped.header_chars}
     done |= {"footer_chars": stripped.footer_chars, "notices_removed": stripped.notices}
     reason = gutenberg.why_no_book(text)
@@ -182,10 +184,10 @@ def clean_book(path: Path, strip: bool) -> dict:
     return {"text": text, "sketch": gutenberg.sketch(text), "language": gutenberg.language_of(text, raw), **done}
 
 
-def _cleaned(paths, strip: bool, n_workers: int):
+def _cleaned(paths, n_workers: int, *options):
     """clean_book of each path, in order; at most two books per worker wait, so memory does not grow with the list."""
     if n_workers == 1:
-        yield from (clean_book(path, strip) for path in paths)
+        yield from (clean_book(path, *options) for path in paths)
         return
     # A terminal sends Ctrl-C to every process: only this one is to answer it.
     with ProcessPoolExecutor(n_workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
@@ -193,7 +195,7 @@ def _cleaned(paths, strip: bool, n_workers: int):
             waiting, left = deque(), iter(paths)
             while True:
                 while len(waiting) < 2 * n_workers and (path := next(left, None)) is not None:
-                    waiting.append(pool.submit(clean_book, path, strip))
+                    waiting.append(pool.submit(clean_book, path, *options))
                 if not waiting:
                     return
                 yield waiting.popleft().result()
@@ -286,7 +288,7 @@ def _combine(config: GutenbergConfig, work: Path, files: dict[str, Path], rows: 
     editions, out, n, size = gutenberg.Editions(), None, 0, 0
     progress = tqdm(total=len(files), desc="cleaning", unit="book")
     try:
-        for name, book in zip(files, _cleaned(files.values(), config.strip_boilerplate, n_workers), strict=True):
+        for name, book in zip(files, _cleaned(files.values(), n_workers, config.strip_boilerplate, config.unwrap), strict=True):
             progress.update()
             text, mine = book.pop("text", None), book.pop("sketch", None)
             row = {"file": name, **book}

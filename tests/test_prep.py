@@ -188,6 +188,28 @@ def test_decoding(data, text, encoding):
     assert G.decode(data) == (text, encoding)
 
 
+PARAGRAPHS = {  # text -> whether its lines are joined
+    "He walked along the river for a long while, thinking of\nnothing at all, until the lamps were lit and the boats\ncame in.": True,
+    "Shall I compare thee to a summer's day, or to the night?\nThou art more lovely and more temperate, and more bright:\nRough winds do": False,
+    "    Indented lines of a letter that somebody had once written\n    to a friend of his, and": False,
+    "CHAPTER ONE\nin which little happens": False,
+    "A table of the kings and of the years of their reigns:   1066\nand of their queens, if any is on record in that year:   1100": False,
+}
+
+
+@pytest.mark.parametrize("paragraph", PARAGRAPHS)
+def test_prose_is_unwrapped_and_verse_is_not(paragraph):
+    text = f"Title\n\n\n{paragraph}\n\nThe end."
+    expected = paragraph.replace("\n", " ") if PARAGRAPHS[paragraph] else paragraph
+    assert G.unwrap(text) == text.replace(paragraph, expected)
+
+
+def test_unwrapping_changes_nothing_but_line_breaks():
+    for path in sorted(shared("data/gutenberg").glob("*.txt"))[::5]:
+        text, _ = G.decode(path.read_bytes())
+        assert G.unwrap(text).replace("\n", " ") == text.replace("\n", " ")
+
+
 def test_binary_data_is_refused():
     with pytest.raises(ValueError, match="binary"):
         G.decode(b"PK\x03\x04\x00\x00text")
@@ -447,4 +469,4 @@ def test_hostile_archives(tmp_path):
 
 
 def test_clean_book_reports_an_unreadable_file(tmp_path):
-    assert clean_book(tmp_path / "gone.txt", True)["status"] == "unreadable"
+    assert clean_book(tmp_path / "gone.txt", True, True)["status"] == "unreadable"
