@@ -284,7 +284,9 @@ def token_ids_to_text(ids: torch.Tensor, tokenizer: Tokenizer) -> str:
 
 def _sample_next(logits, temperature, top_k, top_p, generator):
     """Next ids (B, 1) from logits (B, V)."""
-    if temperature == 0:
+    if not torch.isfinite(logits).all():
+        raise RuntimeError("the model's output is not finite: its training has diverged; train again with a lower learning rate")
+    if temperature < 1e-5:  # dividing by less overflows
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
@@ -312,12 +314,14 @@ def generate(model, ids, max_new_tokens, *, temperature=1.0, top_k=None, top_p=N
     """
     if ids.ndim != 2 or ids.shape[1] == 0:
         raise ValueError(f"generate: ids have shape {tuple(ids.shape)}; give (B, T) with at least one token, such as end-of-text")
-    if temperature < 0:
-        raise ValueError(f"--temperature: {temperature} is negative; use 0 for greedy, 1 for the model's own distribution")
+    if not temperature >= 0:
+        raise ValueError(f"--temperature: {temperature} is not 0 or more; use 0 for greedy, 1 for the model's own distribution")
     if top_k is not None and top_k < 1:
         raise ValueError(f"--top_k: {top_k} keeps no token; use 1 or more")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"--top_p: {top_p} is not in (0, 1]")
+    if seed is not None and abs(seed) >= 2**63:
+        raise ValueError(f"--seed: {seed} does not fit into 64 bits")
     generator = torch.Generator(ids.device)
     if seed is None:
         generator.seed()
@@ -418,7 +422,7 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).item()  # also refuses "meta", which holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise ValueError(f"--device: {name!r} cannot be used here ({str(e).splitlines()[0][:120]}); try cpu") from e
     return device

@@ -30,6 +30,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import sysconfig
 import time
 import urllib.error
@@ -172,7 +173,7 @@ def clean_book(path: Path, strip: bool, unwrap: bool) -> dict:
         return {"status": "not a book", "reason": str(e)}
     stripped = gutenberg.strip_boilerplate(raw) if strip else gutenberg.Stripped(raw)
     # A text that has the separator as a line of its own must not be cut in two there.
-    text = gutenberg.normalise(SEPARATOR.sub("<| endoftext |>", stripped.text))
+    text = SEPARATOR.sub("<| endoftext |>", gutenberg.normalise(stripped.text))
     text = gutenberg.unwrap(text) if unwrap else text
     done = {"encoding": encoding, "chars_in": len(raw), "chars_out": len(text), "header_chars": stripped.header_chars}
     done |= {"footer_chars": stripped.footer_chars, "notices_removed": stripped.notices}
@@ -184,13 +185,17 @@ def clean_book(path: Path, strip: bool, unwrap: bool) -> dict:
     return {"text": text, "sketch": gutenberg.sketch(text), "language": gutenberg.language_of(text, raw), **done}
 
 
+def _leave_signals_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to every process: only one is to answer
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _cleaned(paths, n_workers: int, *options):
     """clean_book of each path, in order; at most two books per worker wait, so memory does not grow with the list."""
     if n_workers == 1:
         yield from (clean_book(path, *options) for path in paths)
         return
-    # A terminal sends Ctrl-C to every process: only this one is to answer it.
-    with ProcessPoolExecutor(n_workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+    with ProcessPoolExecutor(n_workers, initializer=_leave_signals_to_the_parent) as pool:
         try:
             waiting, left = deque(), iter(paths)
             while True:
@@ -208,18 +213,18 @@ def _sources(config: GutenbergConfig, work: Path) -> tuple[dict[str, Path], list
     files, ignored, failed = {}, [], {}
     if config.book_ids:
         paths, failed = download_books(config.book_ids, Path(config.output_dir) / "raw", config.mirror, config.pause_s)
-        files |= {path.name: path for path in paths}
+        files |= {f"raw/{path.name}": path for path in paths}
     found = []
     if config.data_dir:
         folder = Path(config.data_dir)
         if not folder.exists():
             raise FileNotFoundError(f"--data_dir: {folder} does not exist; give a folder of .txt files or an archive of them")
-        output = Path(config.output_dir).resolve()
-        if folder.resolve() == output:
-            raise ValueError(f"--output_dir: {folder} is also --data_dir; choose another folder for the result")
+        folder, output = folder.resolve(), Path(config.output_dir).resolve()
+        if folder == output:
+            raise ValueError(f"--output_dir: {config.output_dir} is also --data_dir; choose another folder for the result")
         found = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file() or p.is_symlink())
-        if not folder.resolve().is_relative_to(output):  # an earlier result inside the folder is no source
-            found = [p for p in found if not p.absolute().is_relative_to(output)]
+        if not folder.is_relative_to(output):  # an earlier result inside the folder is no source
+            found = [p for p in found if not p.is_relative_to(output)]
         folder = folder.parent if folder.is_file() else folder
     for path in found:
         name = path.relative_to(folder).as_posix()
@@ -248,7 +253,7 @@ def prepare_gutenberg(config: GutenbergConfig) -> dict:
         raise ValueError("--book_ids or --data_dir: say which books, such as --book_ids 11 84 1342")
     n_workers = config.workers if config.workers is not None else os.cpu_count() or 1
     for name, value in (("workers", n_workers), ("max_size_mb", config.max_size_mb), ("max_extract_mb", config.max_extract_mb)):
-        if value <= 0:
+        if not value > 0:
             raise ValueError(f"--{name}: {value} must be positive")
     output = Path(config.output_dir)
     work = output / ".preparing.part"
@@ -256,7 +261,7 @@ def prepare_gutenberg(config: GutenbergConfig) -> dict:
     try:
         work.mkdir(parents=True)
         files, rows, failed = _sources(config, work)
-        rows += [{"file": f"pg{n}.txt", "status": "not downloaded", "reason": why} for n, why in failed.items()]
+        rows += [{"file": f"raw/pg{n}.txt", "status": "not downloaded", "reason": why} for n, why in failed.items()]
         if not files:
             why = f"; {rows[0]['file']}: {rows[0]['reason']}" if rows else ""
             raise ValueError(f"{config.data_dir or config.mirror}: no .txt files to read{why}")
@@ -268,8 +273,9 @@ def prepare_gutenberg(config: GutenbergConfig) -> dict:
             first = next((f"{row['file']}: {row['reason']}" for row in rows), "")
             raise ValueError(f"{config.data_dir or 'downloads'}: no book is left ({causes}; {first}); see --languages, --keep_duplicates")
         (work / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
-        for old in (output / "report.json", *output.glob("combined_*.txt")):
-            old.unlink(missing_ok=True)
+        for old in output.glob("combined_*.txt"):  # of an earlier, longer result; other files are not ours
+            if re.fullmatch(r"combined_\d+\.txt", old.name) and int(old.stem.removeprefix("combined_")) > n_files:
+                old.unlink()
         for new in (*sorted(work.glob("combined_*.txt")), work / "report.json"):  # the report last: it says complete
             os.replace(new, output / new.name)
     except OSError as e:
@@ -286,7 +292,7 @@ def prepare_gutenberg(config: GutenbergConfig) -> dict:
 def _combine(config: GutenbergConfig, work: Path, files: dict[str, Path], rows: list[dict], n_workers: int) -> int:
     """Clean all files into work/combined_N.txt, one row of the report each; returns the number of combined files."""
     editions, out, n, size = gutenberg.Editions(), None, 0, 0
-    progress = tqdm(total=len(files), desc="cleaning", unit="book")
+    progress = tqdm(total=len(files), desc="cleaning", unit="book", mininterval=0.1 if sys.stderr.isatty() else 30)
     try:
         for name, book in zip(files, _cleaned(files.values(), n_workers, config.strip_boilerplate, config.unwrap), strict=True):
             progress.update()
@@ -332,8 +338,9 @@ def read_documents(path) -> list[str]:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"--data_dir: {path} does not exist; give a folder of .txt files")
-    prepared = (path / "report.json").exists()
+    prepared = (path / "report.json").exists() and (path / "combined_1.txt").exists()
     files = [path] if path.is_file() else sorted(path.glob("combined_*.txt") if prepared else path.rglob("*.txt"))
+    files = [file for file in files if not (file.parent / "run.json").exists()]  # samples of a run in here are not its text
     if not files:
         raise ValueError(f"--data_dir: {path} has no .txt files; prep_dataset.py gutenberg --data_dir {path} unpacks archives")
     documents = []
@@ -390,7 +397,9 @@ def load_documents(data_dir: str | None) -> tuple[list[str], str]:
     The texts to train on and where they come from, in this order: the given folder; books prepared in ./gutenberg_preprocessed;
     a dozen classics, fetched and prepared there; without a network the English that comes with Python.
     """
-    if data_dir:
+    if data_dir is not None:
+        if not data_dir:
+            raise ValueError("--data_dir: is empty text; name a folder, or leave the flag out")
         return read_documents(data_dir), data_dir
     books = GutenbergConfig(book_ids=CLASSICS)
     if not (Path(books.output_dir) / "report.json").exists():

@@ -77,8 +77,9 @@ def resolve(config: SimpleConfig, device) -> None:
         if getattr(config, name) is None:
             setattr(config, name, value)
     for name, value in asdict(config).items():
-        if isinstance(value, int | float) and name not in ("seed", "debug") and not 0 < value < math.inf:
-            raise ValueError(f"--{name}: {value} must be more than 0")
+        in_range = abs(value) < 2**32 if name == "seed" else not isinstance(value, int | float) or 0 < value < math.inf
+        if not in_range and name != "debug":
+            raise ValueError(f"--{name}: {value} is out of range; give a positive number")
     GPTConfig.of_size(config.model_size)
 
 
@@ -89,12 +90,12 @@ def split_documents(documents: list[str], share=0.05, most_chars=200_000) -> tup
     """
     Training and validation texts: documents are cut at blank lines, and the hash of each chunk decides its side.
 
-    A hash and not a position: two copies of a chunk go to one side, and added documents do not move the old ones.
+    A hash and not a position: a passage that stands twice goes to one side, and no book is cut into a first and a last part.
     Validation gets `share` of the characters, most_chars at most, and at least one chunk.
     """
     n_chars = sum(map(len, documents))
     length = max(1, min(4000, n_chars // 100))
-    cut = re.compile(rf"[\s\S]{{{length}}}(?:[\s\S]{{0,{length}}}?\n\n+)?|[\s\S]+\Z")  # `length` characters, then to a blank line
+    cut = re.compile(rf"[\s\S]{{{length}}}(?:[\s\S]{{0,{length}}}?\n\n+|[^\n]*\n)?|[\s\S]+\Z")  # then to a blank line, or a line end
     chunked = [cut.findall(text) for text in documents]
     ranks = {c: hashlib.sha256(c.encode()).digest()[:8] for chunks in chunked for c in chunks}
     limit = max(int(min(share, most_chars / n_chars) * 2**64).to_bytes(8, "big"), min(ranks.values()))
@@ -130,7 +131,9 @@ def main(config: SimpleConfig) -> int:
     device = pick_device(config.device)
     resolve(config, device)
     torch.manual_seed(config.seed)
-    B, T = config.batch_size, config.context_length
+    B, T, run_dir = config.batch_size, config.context_length, Path(config.output_dir)
+    if run_dir.resolve() in (Path.cwd(), Path(config.data_dir or "/").resolve()):
+        raise ValueError(f"--output_dir: {run_dir} is the current folder or --data_dir; name another folder for the run")
 
     documents, source = load_documents(config.data_dir)
     train_texts, val_texts = split_documents(documents)
@@ -139,7 +142,7 @@ def main(config: SimpleConfig) -> int:
     val_tokens = torch.from_numpy(tokenizer.encode_documents(val_texts).astype("int32"))
     n_windows = (len(train_tokens) - 1) // T
     if n_windows < B or len(val_tokens) < 2:
-        what = f"{len(train_tokens):,} training tokens are too few for one batch of {B} rows of {T} tokens"
+        what = f"{len(train_tokens):,} training tokens are too few for one batch of {B} rows of {T}"
         raise ValueError(f"{source}: {what}; give more text, or a smaller --batch_size or --context_length")
     n_steps = min(config.max_steps, (config.n_epochs or sys.maxsize) * n_windows // B)
     validation, token_bytes = val_batches(val_tokens, B, T), tokenizer.token_bytes()
@@ -154,10 +157,8 @@ def main(config: SimpleConfig) -> int:
     print(f"{source}: {len(documents)} documents; {tokenizer.name}: {len(train_tokens):,} training, {len(val_tokens):,} validation tokens")
     print(f"{config.model_size}: {count_parameters(model_config):,} parameters, {n_steps} steps of {B} x {T} tokens on {device}")
 
-    run_dir = Path(config.output_dir)
     start_run(run_dir, {"config": asdict(config), "model": asdict(model_config), "data": source, "tokenizer": tokenizer.name})
-    losses = {0: (None, None)}  # step -> (training loss, validation loss); None where it was not measured
-    events = []  # lines for metrics.jsonl that are not on disk yet
+    losses, events = {0: (None, None)}, []  # step -> (training, validation loss or None); lines for metrics.jsonl, not yet on disk
 
     def look(step: int) -> None:  # what the model knows by now, and what it writes
         result = evaluate_model(model, validation, device, token_bytes)
@@ -181,7 +182,7 @@ def main(config: SimpleConfig) -> int:
         return True
 
     batches, seconds = train_batches(train_tokens, B, T, config.seed), 0.0
-    with StopRequest() as stop, tqdm(total=n_steps, unit="step") as bar:
+    with StopRequest() as stop, tqdm(total=n_steps, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
         look(0)
         for step in range(1, n_steps + 1):
             started = time.perf_counter()
@@ -195,19 +196,18 @@ def main(config: SimpleConfig) -> int:
             scheduler.step()
             losses[step] = (loss.item(), None)
             seconds += time.perf_counter() - started  # of training alone: looking and sampling are not speed
-
             if not math.isfinite(losses[step][0]):
                 raise RuntimeError(f"the loss is {losses[step][0]} at step {step}; start again with a lower --lr than {config.lr:g}")
             events.append({"step": step, "tokens": step * B * T, "train_loss": losses[step][0], "lr": lr})
-            bar.set_postfix_str(f"loss {losses[step][0]:.3f}, {step * B * T / seconds:,.0f} tokens/s")
+            bar.set_postfix_str(f"loss {losses[step][0]:.3f}, {step * B * T / seconds:,.0f} tokens/s", refresh=False)
             bar.update()
             last = stop or step == n_steps
             if step % config.eval_freq == 0 or last:
                 look(step)
-            if step % config.print_sample_iter == 0 or last:
-                sample(step)
             if step % config.save_ckpt_freq == 0 or last:
                 saved = save(step)
+            if step % config.print_sample_iter == 0 or last:
+                sample(step)
             if last:
                 break
 
@@ -232,7 +232,7 @@ def learning_rate_share(step: int, n_steps: int) -> float:
 def start_run(run_dir: Path, facts: dict) -> None:
     """Begin the run folder with run.json; a run that is there already is moved to the next free name, not lost."""
     try:
-        if (run_dir / "run.json").exists():
+        if any((run_dir / name).exists() for name in ("run.json", "metrics.jsonl", "checkpoints")):
             n = next(n for n in itertools.count(1) if not run_dir.with_name(f"{run_dir.name}-{n}").exists())
             run_dir.rename(run_dir.with_name(f"{run_dir.name}-{n}"))
             print(f"the earlier run is kept as {run_dir}-{n}")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -64,11 +65,14 @@ def append_lines(path, lines: list) -> None:
     Add lines (dicts as JSON) to a text file and empty the list. A disk that refuses costs a warning, not the run; what
     could not be written stays in the list for the next call.
     """
+    size = os.path.getsize(path) if os.path.exists(path) else 0
     try:
         with open(path, "a", encoding="utf-8") as f:
             f.write("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
         lines.clear()
     except OSError as e:
+        if os.path.exists(path):
+            os.truncate(path, size)  # half a line would make the rest unreadable
         print(f"warning: {path}: {e.strerror}; the run goes on", flush=True)
 
 
@@ -105,15 +109,16 @@ def save_checkpoint(run_dir, step: int, tensors: dict, state: dict, files: dict[
         shutil.rmtree(part, ignore_errors=True)
         _name(e, target)
         raise
-    for old in list_checkpoints(run_dir)[:-keep_last]:
+    older = [folder for folder in list_checkpoints(run_dir) if folder != target]
+    for old in older[: max(len(older) - keep_last + 1, 0)]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
 
 def list_checkpoints(run_dir) -> list[Path]:
-    """Complete checkpoint folders of a run, oldest first."""
-    found = Path(run_dir).glob("checkpoints/step_*/MANIFEST.json")
-    return sorted((f.parent for f in found), key=lambda folder: int(folder.name.removeprefix("step_")))
+    """Complete checkpoint folders of a run, oldest first. A copy under a name of your own is not one of them, nor ever deleted."""
+    found = [f.parent for f in Path(run_dir).glob("checkpoints/step_*/MANIFEST.json") if re.fullmatch(r"step_\d+", f.parent.name)]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step_")))
 
 
 def verify_checkpoint(folder) -> None:

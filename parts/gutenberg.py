@@ -69,7 +69,7 @@ _PG = rf"(?:the{_GAP})?(?:copyrighted{_GAP})?proje[ck]t{_GAP}gutenberg"
 _TO_STARS = r"(?:(?:(?!\n\n|\*\*\*)[\s\S]){0,400}?\*\*\*+|[^\n]*)"  # the rest of a marker: up to its closing stars
 MARKERS = {
     "start": rf"^\W{{0,12}}start{_GAP}of{_GAP}(?:the|this){_GAP}{_PG}{_TO_STARS}",
-    "header end": r"^(?:language|character set encoding|edition)\s*:[^\n]*\n(?:[^\n]{0,90}\n){0,4}?[ \t]*\*\*\*[ \t]*$",
+    "header end": r"^(?:language|character set encoding|edition)\s*:\s*[\w-]+[ \t]*\n(?:[^\n]{0,90}\n){0,4}?[ \t]*\*\*\*[ \t]*$",
     "small print": r"^\W{0,6}(?:start\W{0,4}the\s+small\s+print[^\n]*|the\s+legal\s+small\s+print\W*$)",
     "small print end": r"^\W{0,6}end\W{0,4}the\s+small\s+print(?:[^\n]*\n?[^\n]{0,80}?\*end\*+|[^\n]*)",
     "end": rf"^\W{{0,12}}(?:the{_GAP})?(?:end|ende|fin|fine|slutet|fim|loppu){_GAP}(?:[\w'’]+{_GAP}){{0,5}}?{_PG}",
@@ -80,7 +80,6 @@ MARKER = re.compile("|".join(f"(?P<{name.replace(' ', '_')}>{form})" for name, f
 # From "Small Print!" to the end of its paragraph; a character of a novel who reads the small print! writes it small.
 SMALL_PRINT = re.compile(r"^[^\n]*(?-i:SMALL|Small|\*The small)\s+print!(?:[^\n]|\n(?!\n))*", re.IGNORECASE | re.MULTILINE)
 LONGEST_HEADER = 20_000  # characters; the longest real one has 13,000 (a licence at the end: 20,000)
-LONGEST_FOOTER = 40_000
 
 # Words that no book of the public domain has: a paragraph with one was written for the electronic edition.
 EDITORS_WORDS = re.compile(
@@ -90,15 +89,15 @@ EDITORS_WORDS = re.compile(
 )
 # Near the beginning of a book also credits, addresses, header fields and terms of use are taken out.
 _VERBS = "Produced Prepared Transcribed Scanned Digitized Digitised Typed Keyed Reformatted Proofed Proofread Reproofed Converted"
-_VERBS = [*_VERBS.split(), "Contributed", "Submitted", "Entered", "HTML version"]
+_VERBS = [*_VERBS.split(), "Contributed", "HTML version"]
 _VERB = "|".join([*_VERBS, *map(str.upper, _VERBS)])
 CREDITS = re.compile(
     # capitals and the beginning of a line, for a line of prose may well begin with "produced by"
-    rf"^\W*(?:(?i:this|text|e-?text|first)\W+(?:\w+\W+){{0,3}}?)?(?-i:{_VERB})(?::|(?:\s+\w+){{0,3}}?\s+(?:by|from|BY|FROM)\b)"
+    rf"^\W*(?:(?i:this|text|e-?text|first)\W+(?:\w+\W+){{0,3}}?)?(?-i:{_VERB})(?::|(?:\s+\w+){{0,3}}?\s+(?:by|BY)\b|\s+from\s+the\b)"
     r"|[^\s@]{1,64}@[^\s@]{1,64}\.\w|https?://|\bwww\.|sharewared|disclaimer\s+of\s+damages|indemnify|tax.deductible|michael\s+s\.?\s+hart|"
-    r"public\s+domain|copyright\s+laws?\s|right\s+of\s+replacement|limited\s+warranty|donations\s+more\s+than\s+ever|"
+    r"right\s+of\s+replacement|limited\s+warranty|donations\s+more\s+than\s+ever|"
     r"world\s+library,?\s+inc|should\s+be\s+named\s+\S+\.(?:txt|zip)|plain\s+vanilla|^\W*(?:disclaimer|indemnity)\W*$|"
-    r"^(?:release\s+date|posting\s+date|character\s+set\s+encoding|language|edition|last\s+updated|most\s+recently\s+updated|credits)\s*:",
+    r"^(?:release\s+date|posting\s+date|character\s+set\s+encoding|last\s+updated|most\s+recently\s+updated|credits)\s*:|^language:\s*\w+$",
     re.IGNORECASE | re.MULTILINE,
 )
 EDGE_PARAGRAPHS = 30
@@ -127,17 +126,19 @@ def strip_boilerplate(text: str) -> Stripped:
     if first is None and not opened and not EDITORS_WORDS.search(head):
         return Stripped(text)
     for m in MARKER.finditer(text):
+        if m.lastgroup == "header_end" and marked and opened is not None:
+            continue  # three stars below a line that only looks like a header's
         opens = m.lastgroup in ("start", "header_end", "small_print_end")
         is_header = not marked and (opens or m.lastgroup == "small_print") and m.start() <= LONGEST_HEADER
         if opened is not None and not is_header:
             pieces.append((opened, m.start()))
-        elif opened is None and m.start() - closed > LONGEST_FOOTER:
-            pieces.append((closed, m.start()))  # too long for a footer: a book that follows without a header
+        elif opened is None and not _is_footer(text[closed : m.start()]):
+            pieces.append((closed, m.start()))  # a volume that follows without a header of its own
         opened = m.end() if opens else None
         closed, marked = m.end(), True
     if opened is not None:
         pieces.append((opened, len(text)))
-    elif len(text) - closed > LONGEST_FOOTER:
+    elif not _is_footer(text[closed:]):
         pieces.append((closed, len(text)))
     pieces = [(a, b) for a, b in pieces if text[a:b].strip()]
     notices = []
@@ -146,6 +147,11 @@ def strip_boilerplate(text: str) -> Stripped:
     footer = len(text) - pieces[-1][1] if pieces else 0
     notice_chars = sum(b - a for a, b in pieces) - sum(map(len, books))
     return Stripped("\n\n".join(b for b in books if b), header, footer, notices, notice_chars)
+
+
+def _is_footer(text: str) -> bool:
+    """Whether what follows an end marker is Project Gutenberg's: short, or with its words in every other kilobyte."""
+    return len(text) < 3000 or len(EDITORS_WORDS.findall(text)) * 2000 > len(text)
 
 
 def _without_notices(text: str, notices: list[str]) -> str:
@@ -295,7 +301,7 @@ class Editions:
     Holds 2 KB per book and finds candidates by their 16 smallest hashes, so tens of thousands of books are no burden.
     """
 
-    def __init__(self, alike: float = 0.3):
+    def __init__(self, alike: float = 0.6):
         self.alike = alike  # different books share almost no five-word runs; editions of one share most of them
         self._sketches: dict[str, np.ndarray] = {}
         self._first_with: dict[int, str] = {}

@@ -36,6 +36,8 @@ def run_script(main) -> None:
     --debug on the command line adds the traceback. Other exceptions are bugs of ours and keep theirs.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))  # an exception, so that whatever is half done is cleaned up
+    sys.stdout.reconfigure(errors="replace")  # a sample may hold what the console cannot show
     try:
         code = main()
         sys.stdout.flush()

@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import tempfile
 import threading
 import urllib.request
@@ -67,7 +68,12 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Ids (T,) uint32. Special tokens written in the text are text. Lone surrogates become U+FFFD."""
-        return self.encoding.encode_to_numpy(text, disallowed_special=())
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except (ValueError, RuntimeError):  # tiktoken's pattern gives up on a million blanks in a row: cut them
+            if len(text) < 2:
+                raise
+            return np.concatenate([self.encode(text[: len(text) // 2]), self.encode(text[len(text) // 2 :])])
 
     def encode_documents(self, documents) -> np.ndarray:
         """Ids (T,) of all documents in order, end-of-text exactly once after each."""
@@ -147,10 +153,16 @@ class Tokenizer:
             raise ValueError("only a byte-level BPE without a normalizer gives the same ids here")
         if steps[-1].get("add_prefix_space"):
             raise ValueError("add_prefix_space changes the text")
-        pattern = GPT2_PATTERN if steps[-1].get("use_regex", True) else steps[0]["pattern"]["Regex"]
+        own_pattern = not steps[-1].get("use_regex", True)
+        split = steps[0] if len(steps) == 2 else None
+        if own_pattern != bool(split) or (split and (split["type"], split["behavior"], split["invert"]) != ("Split", "Isolated", False)):
+            raise ValueError("its pre-tokenizer is neither GPT-2's nor one pattern of its own")
+        pattern = split["pattern"]["Regex"] if split else GPT2_PATTERN
         special = {t["content"]: t["id"] for t in spec["added_tokens"]}
         vocab = {token: i for token, i in model["vocab"].items() if token not in special}
         ranks = {bytes(CHAR_TO_BYTE[c] for c in token): i for token, i in vocab.items()}
+        if missing := 256 - sum(len(token) == 1 for token in ranks):
+            raise ValueError(f"{missing} of the 256 bytes have no id in it")
         merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
         made = list(dict.fromkeys(ranks[bytes(CHAR_TO_BYTE[c] for c in "".join(m))] for m in merges))
         if made != sorted(made):
@@ -197,8 +209,8 @@ def train_bpe(texts, vocab_size: int = DEFAULT_BPE_SIZE) -> Tokenizer:
 
     The same texts give the same tokenizer. A short text yields fewer ids. Raises ValueError for a size under 257.
     """
-    if vocab_size < 257:
-        raise ValueError(f"--tokenizer: bpe:{vocab_size} is too small; 256 bytes and end-of-text need 257")
+    if not 257 <= vocab_size <= 1_000_000:
+        raise ValueError(f"--tokenizer: bpe:{vocab_size} is out of range; 256 bytes and end-of-text need 257, the most is 1000000")
     import tokenizers  # imported here: only a run that trains a vocabulary needs it
 
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -261,9 +273,9 @@ def make_tokenizer(spec: str, texts, on_gpu: bool = False) -> Tokenizer:
     kind, _, size = spec.partition(":")
     if spec == "auto":
         kind = "gpt2" if on_gpu else "bpe"
-    if kind == "bytes":
+    if spec == "bytes":
         return byte_tokenizer()
-    if kind == "gpt2":
+    if kind == "gpt2" and not size:
         try:
             return gpt2_tokenizer()
         except OSError as e:
@@ -277,10 +289,10 @@ def make_tokenizer(spec: str, texts, on_gpu: bool = False) -> Tokenizer:
 
 
 def _sample(texts):
-    """Texts up to BPE_SAMPLE_CHARS in all, the last one cut."""
+    """Texts up to BPE_SAMPLE_CHARS in all, the last one cut; long runs of white space too, which take quadratic time."""
     left = BPE_SAMPLE_CHARS
     for text in texts:
-        yield text[:left]
+        yield re.sub(r"(\s{100})\s+", r"\1", text[:left])
         left -= len(text)
         if left <= 0:
             return

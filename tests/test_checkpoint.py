@@ -25,13 +25,19 @@ def test_what_was_saved_comes_back(tmp_path):
 def test_only_the_last_ones_are_kept_also_past_a_million_steps(tmp_path):
     for step in (5, 999_999, 1_000_000, 12):
         save(tmp_path, step, keep_last=2)
-    assert [p.name for p in C.list_checkpoints(tmp_path)] == ["step_999999", "step_1000000"]
+    assert [p.name for p in C.list_checkpoints(tmp_path)] == ["step_000012", "step_1000000"]
 
 
 def damage_flip(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
+
+
+def test_a_copy_under_another_name_is_neither_an_obstacle_nor_deleted(tmp_path):
+    copy = save(tmp_path, 1).rename(tmp_path / "checkpoints/step_keep")
+    assert save(tmp_path, 2, keep_last=1) == save(tmp_path, 2, keep_last=1) == C.newest_checkpoint(tmp_path)
+    assert copy.exists() and C.newest_checkpoint(copy) == copy
 
 
 DAMAGES = {

@@ -116,7 +116,12 @@ def test_memory_does_not_grow_with_the_number_of_files(tmp_path):
 
 
 LAYOUTS = {
-    "modern": HEADER + START + "{body}" + END + "Updated editions will replace the previous one.\n\n" + "Licence terms. " * 900,
+    "modern": HEADER
+    + START
+    + "{body}"
+    + END
+    + "Updated editions will replace the previous one.\n\n"
+    + "Licence terms of Project Gutenberg-tm works. " * 400,
     "marker over two lines": HEADER
     + START.replace("PROJECT GUTENBERG", "PROJECT\nGUTENBERG")
     + "{body}*** END OF THIS\nPROJECT GUTENBERG EBOOK\nA DAY ***\n\nx",
@@ -142,6 +147,8 @@ LAYOUTS = {
     + START
     + "Second.\n\n"
     + END,
+    "a volume without a header of its own": "*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29.93*END*\n\nVolume one.\n\n"
+    "End of this Project Gutenberg Etext of A Day, v1\n\n\n{body}End of this Project Gutenberg Etext of A Day, v2\n",
     "unmarked": "{body}",
 }
 
@@ -149,11 +156,13 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_every_layout_leaves_the_whole_body_and_nothing_else(layout, newline):
-    traps = "The sound was\nproduced by the bell and\nprepared for tea by him, who\nentered the room from the garden, reading the small print!\n\n"
+    traps = "The squatters held that the valley was public domain.\n\nEntered by the gate one evening, a stranger came.\n\n"
+    traps += "Prepared in haste from my notes.\n\nLanguage: it is the dress of thought\nand no more.\n***\n\nThe sound was\nproduced by the bell and\nprepared for tea by him, who\nentered the room from the garden, reading the small print!\n\n"
     body = traps + PROSE * 40 + "He loved Big Brother's *** stars *** and the end of the road.\n\n"
     raw, _ = G.decode(LAYOUTS[layout].format(body=body).replace("\n", newline).encode("utf-8-sig"))
     text = G.normalise(G.strip_boilerplate(raw).text)
     expected = collapse(body) + (" Second." if layout == "two etexts in one" else "")
+    expected = ("Volume one. " if "volume" in layout else "") + expected
     assert collapse(text) == expected
 
 
@@ -333,6 +342,30 @@ def test_ctrl_c_stops_all_workers_and_leaves_nothing(tmp_path, seconds):
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130 and "Traceback" not in out + err, err[-1500:]
     assert not list(tmp_path.iterdir())
+
+
+def test_sigterm_ends_the_workers_too(tmp_path):
+    command = [sys.executable, ROOT / "prep_dataset.py", "gutenberg", "--data_dir", shared("data/gutenberg"), "--workers", "2"]
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    time.sleep(1.2)
+    process.terminate()
+    assert process.wait(timeout=30) == 75
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    process.communicate()
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_files_in_the_output_folder_are_not_ours(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_text(PROSE * 9, encoding="utf-8")
+    (tmp_path / "out").mkdir()
+    for name in ("combined_notes.txt", "combined_7.txt"):
+        (tmp_path / "out" / name).write_text("x", encoding="utf-8")
+    assert prepare(tmp_path, "--data_dir", "in", "--output_dir", "out").returncode == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["combined_1.txt", "combined_notes.txt", "report.json"]
 
 
 # ---------------------------------------------------------------------------------------------------- downloads

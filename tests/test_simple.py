@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,6 +103,30 @@ def test_looking_more_often_does_not_change_training(finished, texts, tmp_path):
     assert pick[0] == pick[1]
 
 
+def test_a_run_inside_the_data_folder_is_not_read_as_text(texts, tmp_path):
+    shutil.copytree(texts, tmp_path / "t")
+    for _ in range(2):
+        assert simple(tmp_path, "--data_dir", "t", "--max_steps", "2", "--output_dir", "t/run").returncode == 0
+    assert (tmp_path / "t/run/metrics.jsonl").read_bytes() == (tmp_path / "t/run-1/metrics.jsonl").read_bytes()
+
+
+def test_a_run_that_lost_its_run_json_is_still_kept_apart(texts, tmp_path):
+    assert simple(tmp_path, "--data_dir", texts, "--max_steps", "5").returncode == 0
+    (tmp_path / "runs/simple/run.json").unlink()
+    assert simple(tmp_path, "--data_dir", texts, "--max_steps", "2").returncode == 0
+    assert (tmp_path / "runs/simple/checkpoints/step_000002").exists() and (tmp_path / "runs/simple-1/checkpoints/step_000005").exists()
+
+
+def test_a_run_that_diverges_says_so(texts, tmp_path):
+    result = simple(tmp_path, "--data_dir", texts, "--max_steps", "9", "--lr", "1e30", "--print_sample_iter", "1")
+    assert "lower" in one_error_line(result, 1)
+
+
+def test_a_console_without_unicode_is_no_reason_to_fail(texts, tmp_path):
+    result = simple(tmp_path, "--data_dir", texts, "--max_steps", "2", env={"PYTHONIOENCODING": "ascii"})
+    assert result.returncode == 0, result.stderr[-500:]
+
+
 def test_epochs_set_the_length(texts, tmp_path):
     result = simple(tmp_path, "--data_dir", texts, "--n_epochs", "1", "--batch_size", "64", "--context_length", "64")
     steps = int(re.search(r"finished at step (\d+)", result.stdout)[1])
@@ -125,8 +150,7 @@ def test_validation_is_decided_by_the_hash_of_a_chunk_not_by_its_place():
     share = len("".join(val)) / len("".join(documents))
     assert 0.01 < share < 0.12
     chunks = set(re.findall(r"Paragraph \d+", "".join(val)))
-    more_train, more_val = split_documents(["".join(documents), "A book more. " * 30])
-    assert chunks == set(re.findall(r"Paragraph \d+", "".join(more_val))) and more_train[0] == train[0]
+    assert chunks and split_documents(["".join(documents)]) == (train, val)
 
 
 def test_two_copies_of_a_text_do_not_leak_from_one_side_to_the_other():
@@ -176,6 +200,13 @@ def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
         (("--data_dir", "latin"), "latin/a.txt: byte 0xef"),
         (("--data_dir", "binary"), "binary/a.txt: a binary file"),
         (("--data_dir", "TEXTS", "--context_length", "100000"), "too few for one batch of 4 rows of 100000"),
+        (("--data_dir", "TEXTS", "--seed", "100000000000000"), "--seed"),
+        (("--data_dir", "TEXTS", "--device", "meta"), "--device: 'meta'"),
+        (("--data_dir", "TEXTS", "--tokenizer", "bpe:99999999999999999999999"), "--tokenizer: bpe"),
+        (("--data_dir", "TEXTS", "--tokenizer", "bytes:5"), "--tokenizer: bytes:5"),
+        (("--data_dir", ""), "--data_dir: is empty"),
+        (("--data_dir", "short", "--output_dir", "short"), "--output_dir: short"),
+        (("--data_dir", "TEXTS", "--output_dir", "."), "--output_dir: . is the current folder"),
         (("--data_dir", "TEXTS", "--batch_size", "100000"), "too few for one batch of 100000 rows"),
         (("--data_dir", "TEXTS", "--model_size", "huge"), "nano, micro, mini, small, 124M, 355M, 774M, 1558M"),
         (("--data_dir", "TEXTS", "--batch_sise", "3"), "did you mean --batch_size"),

@@ -66,6 +66,12 @@ def test_lone_bytes_come_back_as_bytes_and_never_crash_as_text(kind, bpe):
     assert "\ufffd" in tokenizer.decode(ids)
 
 
+def test_a_million_blanks_are_encoded_and_trained_on(bpe):
+    text = "a" + " " * 1_500_000 + "\n" * 300_000 + "b"
+    for tokenizer in (bpe, T.byte_tokenizer(), T.make_tokenizer("bpe:300", [text])):
+        assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
+
+
 def test_documents_end_with_end_of_text_exactly_once(bpe):
     ids = bpe.encode_documents(["one", "", "two <|endoftext|> two"]).tolist()
     assert ids.count(bpe.eot) == 3 and ids[-1] == bpe.eot
@@ -123,7 +129,7 @@ def test_a_download_that_hangs_is_given_up_in_time(monkeypatch, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("spec", ["bpe:x", "bpe:12", "nonsense", "gpt3"])
+@pytest.mark.parametrize("spec", ["bpe:x", "bpe:12", "bpe:99999999999", "nonsense", "gpt3", "gpt2:3"])
 def test_a_spec_that_names_nothing_is_refused(spec):
     with pytest.raises((ValueError, FileNotFoundError), match="--tokenizer"):
         T.make_tokenizer(spec, ["text"])
@@ -137,6 +143,10 @@ def test_a_tokenizer_file_that_would_give_other_ids_is_refused(tmp_path, bpe):
         "no special": {"added_tokens": []},
         "shuffled": {"model": {**good["model"], "merges": good["model"]["merges"][::-1]}},
         "no model": {"model": None},
+        "digits first": {
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "ByteLevel", "use_regex": True}]}
+        },
+        "bytes missing": {"model": {**good["model"], "vocab": {t: i for t, i in good["model"]["vocab"].items() if t not in "!#"}}},
     }
     for change in wrong.values():
         (tmp_path / "t.json").write_text(json.dumps({**good, **change}), encoding="utf-8")
