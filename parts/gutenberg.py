@@ -188,9 +188,8 @@ def unwrap(text: str) -> str:
     """
     Prose paragraphs on one line each; verse, tables and titles as they are. Only line breaks become blanks.
 
-    Project Gutenberg breaks lines at about 70 characters. To a byte-level BPE a word at the beginning of a line is another
-    token than the same word inside one, and where lines break is noise: without the breaks the same model, trained as
-    long, needs 0.09 fewer bits per byte (docs/benchmarks.md).
+    Project Gutenberg breaks lines at about 70 characters. Where a line breaks is noise to a model, and to a byte-level BPE
+    a word at the beginning of a line is another token than the same word inside one (docs/benchmarks.md has the figures).
     The rule: every line but the last has 45 characters or more, none after the first is indented, at least a third of
     those begin in lower case (verse begins its lines with capitals), and nothing is set in columns.
     """
