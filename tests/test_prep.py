@@ -176,7 +176,7 @@ def test_odd_text_takes_no_odd_time(odd):
     started = time.time()
     text = G.normalise(G.strip_boilerplate(HEADER + START + odd + "\n" * 9 + odd + "\n" + END).text)
     G.why_no_book(text), G.language_of(text), G.sketch(text)
-    assert time.time() - started < 5
+    assert time.time() - started < 10
 
 
 @pytest.mark.parametrize(
@@ -349,7 +349,9 @@ def test_sigterm_ends_the_workers_too(tmp_path):
     process = subprocess.Popen(
         list(map(str, command)), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
-    time.sleep(1.2)
+    while not (tmp_path / "gutenberg_preprocessed/.preparing.part/combined_1.txt").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
     process.terminate()
     assert process.wait(timeout=30) == 75
     with pytest.raises(ProcessLookupError):
