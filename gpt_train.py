@@ -349,19 +349,18 @@ def generate(model, ids, max_new_tokens, *, temperature=1.0, top_k=None, top_p=N
     return ids
 
 
+def continuations(model, tokenizer, device, prompt: str, num_samples: int, max_new_tokens: int, **options) -> list[str]:
+    """What the model writes behind `prompt` ("": begins a document), one text per sample; options as for `generate`."""
+    start = [tokenizer.eot, *tokenizer.encode(prompt).tolist()]
+    ids = generate(model, torch.tensor([start] * num_samples, device=device), max_new_tokens, stop_token=tokenizer.eot, **options)
+    rows = [row[len(start) :] for row in ids]  # (n,) each
+    return [token_ids_to_text(row[: row.tolist().index(tokenizer.eot) if tokenizer.eot in row else None], tokenizer) for row in rows]
+
+
 def generate_and_print_sample(model, tokenizer, device, start_context="", *, max_new_tokens=80, temperature=0.8, top_k=50, seed=0) -> str:
     """Print one sample that continues `start_context` ("": begins a document), and return its text."""
-    prompt = [tokenizer.eot, *tokenizer.encode(start_context).tolist()]
-    ids = generate(
-        model,
-        torch.tensor([prompt], device=device),
-        max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        seed=seed,
-        stop_token=tokenizer.eot,
-    )
-    text = start_context + token_ids_to_text(ids[:, len(prompt) :], tokenizer).removesuffix(tokenizer.eot_text)
+    options = {"temperature": temperature, "top_k": top_k, "seed": seed}
+    text = start_context + continuations(model, tokenizer, device, start_context, 1, max_new_tokens, **options)[0]
     print(text.strip() + "\n", flush=True)
     return text
 
@@ -470,15 +469,12 @@ def main(config: SampleConfig) -> None:
     model, tokenizer, state = load_model(config.checkpoint, device)
     c = model.config
     print(f"step {state['step']}: {count_parameters(c):,} parameters, tokenizer {tokenizer.name}, context {c.block_size}, {device}")
-    prompt = [tokenizer.eot, *tokenizer.encode(config.prompt).tolist()]
-    if len(prompt) > c.block_size:
-        print(f"the prompt has {len(prompt):,} tokens, the context {c.block_size}: the model reads the last {c.block_size}")
+    n_tokens = 1 + len(tokenizer.encode(config.prompt))  # end-of-text stands before every document
+    if n_tokens > c.block_size:
+        print(f"the prompt has {n_tokens:,} tokens, the context {c.block_size}: the model reads the last {c.block_size}")
     options = {k: getattr(config, k) for k in ("temperature", "top_k", "top_p", "seed")}
-    ids = torch.tensor([prompt] * config.num_samples, device=device)
-    for row in generate(model, ids, config.max_new_tokens, stop_token=tokenizer.eot, **options):
-        new = row[len(prompt) :].tolist()
-        new = new[: new.index(tokenizer.eot)] if tokenizer.eot in new else new
-        print("-" * 80 + "\n" + config.prompt + tokenizer.decode(new))
+    for text in continuations(model, tokenizer, device, config.prompt, config.num_samples, config.max_new_tokens, **options):
+        print("-" * 80 + "\n" + config.prompt + text)
 
 
 if __name__ == "__main__":

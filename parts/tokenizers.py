@@ -1,7 +1,7 @@
 """
 Text to token ids and back. Every tokenizer here is a byte-level BPE run by tiktoken; they differ in their merges only:
 
-    gpt2        50,257 ids, GPT-2's own merges (two files of 1.5 MB, fetched once and then read from tiktoken's cache)
+    gpt2        50,257 ids, GPT-2's own merges (0.5 MB, fetched once and then read from tiktoken's cache)
     bpe         4,096 ids trained on the text at hand in seconds; bpe:8192 for another size; needs no network
     bytes       257 ids, no merges at all: one id per byte
     FILE        a Hugging Face tokenizer.json (byte-level BPE), or GPT-2's vocab.bpe / merges.txt
@@ -29,12 +29,9 @@ import tiktoken
 EOT = "<|endoftext|>"
 # GPT-2 merges only inside these pieces: contractions, words, numbers, punctuation, white space.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-# OpenAI's addresses and the sha256 that tiktoken expects of each file.
-GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
-GPT2_FILES = {
-    f"{GPT2_URL}/vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-    f"{GPT2_URL}/encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-}
+# OpenAI's merges, which are all of GPT-2's vocabulary, and the sha256 that tiktoken expects of them.
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
+GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 DEFAULT_BPE_SIZE = 4096
 BPE_SAMPLE_CHARS = 50_000_000  # more text does not change 4,096 merges, only the time to find them
 
@@ -48,6 +45,14 @@ def _byte_to_char() -> dict[int, str]:
 
 BYTE_TO_CHAR = _byte_to_char()
 CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
+
+
+def _written(token: bytes) -> str:
+    return "".join(BYTE_TO_CHAR[b] for b in token)
+
+
+def _token_of(written: str) -> bytes:
+    return bytes(CHAR_TO_BYTE[c] for c in written)
 
 
 class Tokenizer:
@@ -99,15 +104,12 @@ class Tokenizer:
         """A Hugging Face tokenizer.json of this tokenizer; `load` reads it back to the same fingerprint."""
         if self._json is None:
 
-            def written(token: bytes) -> str:
-                return "".join(BYTE_TO_CHAR[b] for b in token)
-
             def added(text: str, i: int) -> dict:
                 flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
                 return {"id": i, "content": text, **flags, "special": True}
 
             tokens = sorted(self.ranks, key=self.ranks.__getitem__)
-            merges = [[written(part) for part in _last_merge(t, self.ranks)] for t in tokens if len(t) > 1]
+            merges = [[_written(part) for part in _last_merge(t, self.ranks)] for t in tokens if len(t) > 1]
             split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
             byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
             spec = {
@@ -117,7 +119,7 @@ class Tokenizer:
                 "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
                 "post_processor": None,
                 "decoder": byte_level,
-                "model": {"type": "BPE", "vocab": {written(t): self.ranks[t] for t in tokens}, "merges": merges},
+                "model": {"type": "BPE", "vocab": {_written(t): self.ranks[t] for t in tokens}, "merges": merges},
             }
             self._json = json.dumps(spec, ensure_ascii=True).encode()
         return self._json
@@ -136,17 +138,16 @@ class Tokenizer:
             path = next((path / n for n in names if (path / n).exists()), path / names[0])
         if not path.is_file():
             raise FileNotFoundError(f"--tokenizer: {path} does not exist; give auto, gpt2, bpe, bpe:SIZE, bytes or a tokenizer.json")
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() in GPT2_FILES.values() and not data.startswith(b"{"):
-            return cls("gpt2", _ranks_of_merges(data.decode().splitlines()[1:]), {EOT: 50256})
+        if _sha256(path) == GPT2_SHA256:
+            return _gpt2_of_merges(path)
         try:
-            return cls._from_json(json.loads(data), path)
+            return cls._from_json(json.loads(path.read_bytes()))
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             what = e if type(e) is ValueError else f"it is not a Hugging Face tokenizer.json ({e!r})"
             raise ValueError(f"{path}: cannot be used as a tokenizer: {what}; give a byte-level BPE tokenizer.json") from e
 
     @classmethod
-    def _from_json(cls, spec: dict, path: Path) -> Tokenizer:
+    def _from_json(cls, spec: dict) -> Tokenizer:
         model, steps = spec["model"], spec["pre_tokenizer"]
         steps = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
         if model["type"] != "BPE" or spec.get("normalizer") or steps[-1]["type"] != "ByteLevel" or len(steps) > 2:
@@ -160,11 +161,11 @@ class Tokenizer:
         pattern = split["pattern"]["Regex"] if split else GPT2_PATTERN
         special = {t["content"]: t["id"] for t in spec["added_tokens"]}
         vocab = {token: i for token, i in model["vocab"].items() if token not in special}
-        ranks = {bytes(CHAR_TO_BYTE[c] for c in token): i for token, i in vocab.items()}
+        ranks = {_token_of(token): i for token, i in vocab.items()}
         if missing := 256 - sum(len(token) == 1 for token in ranks):
             raise ValueError(f"{missing} of the 256 bytes have no id in it")
         merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-        made = list(dict.fromkeys(ranks[bytes(CHAR_TO_BYTE[c] for c in "".join(m))] for m in merges))
+        made = list(dict.fromkeys(ranks[_token_of("".join(m))] for m in merges))
         if made != sorted(made):
             raise ValueError("its merges are not in the order of their ids")
         eot = next((t for t in (EOT, "</s>", "<eos>", "<|end_of_text|>") if t in special), None)
@@ -186,13 +187,6 @@ def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     if len(parts) != 2:
         raise ValueError(f"token {token!r} is not reached by any merge")
     return parts
-
-
-def _ranks_of_merges(lines) -> dict[bytes, int]:
-    """GPT-2's numbering: 256 bytes in the order of their stand-ins, then one id per merge."""
-    tokens = [bytes([b]) for b in BYTE_TO_CHAR]
-    tokens += [bytes(CHAR_TO_BYTE[c] for c in line.replace(" ", "")) for line in lines if line.strip()]
-    return {token: i for i, token in enumerate(tokens)}
 
 
 # --------------------------------------------------------------------------------------------- where they come from
@@ -219,7 +213,7 @@ def train_bpe(texts, vocab_size: int = DEFAULT_BPE_SIZE) -> Tokenizer:
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, min_frequency=2, show_progress=False)
     model.train_from_iterator(texts, trainer)
     vocab = model.get_vocab(with_added_tokens=False)
-    ranks = {bytes(CHAR_TO_BYTE[c] for c in token): i for token, i in vocab.items()}
+    ranks = {_token_of(token): i for token, i in vocab.items()}
     return Tokenizer(f"bpe:{len(ranks) + 1}", ranks, {EOT: len(ranks)})
 
 
@@ -252,15 +246,24 @@ def gpt2_tokenizer(timeout_s: float = 10.0) -> Tokenizer:
     """GPT-2's tokenizer from tiktoken's cache, filled from OpenAI's server if need be. Raises OSError where neither is there."""
     default = Path(tempfile.gettempdir()) / "data-gym-cache"
     folder = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR") or default)
-    for url, sha256 in GPT2_FILES.items():
-        path = folder / hashlib.sha1(url.encode()).hexdigest()  # tiktoken's own naming
-        if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            _download(url, path, timeout_s)
-            if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-                path.unlink()
-                raise OSError(f"{url} has another sha256 than expected")
-    merges = (folder / hashlib.sha1(next(iter(GPT2_FILES)).encode()).hexdigest()).read_text(encoding="utf-8")
-    return Tokenizer("gpt2", _ranks_of_merges(merges.splitlines()[1:]), {EOT: 50256})
+    path = folder / hashlib.sha1(GPT2_URL.encode()).hexdigest()  # tiktoken's own naming
+    if not path.exists() or _sha256(path) != GPT2_SHA256:
+        _download(GPT2_URL, path, timeout_s)
+        if _sha256(path) != GPT2_SHA256:
+            path.unlink()
+            raise OSError(f"{GPT2_URL} has another sha256 than expected")
+    return _gpt2_of_merges(path)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _gpt2_of_merges(path: Path) -> Tokenizer:
+    """GPT-2's numbering: 256 bytes in the order of their stand-ins, one id per merge, end-of-text last."""
+    merges = path.read_text(encoding="utf-8").splitlines()[1:]  # the first line is a version
+    tokens = [bytes([b]) for b in BYTE_TO_CHAR] + [_token_of(line.replace(" ", "")) for line in merges if line.strip()]
+    return Tokenizer("gpt2", {token: i for i, token in enumerate(tokens)}, {EOT: len(tokens)})
 
 
 def make_tokenizer(spec: str, texts, on_gpu: bool = False) -> Tokenizer:
