@@ -4,11 +4,15 @@ Raw text in, clean training text out.
     python prep_dataset.py gutenberg --book_ids 11 84 1342                  # download, clean, combine
     python prep_dataset.py gutenberg --data_dir RAW --languages all         # a folder of .txt and archives
     python prep_dataset.py extract --archive books.zip --output_dir books   # unpack an archive safely, nothing more
-    python prep_dataset.py gutenberg --help
+    python prep_dataset.py smollm --dataset_subset cosmopedia-v2 --max_documents 100000     # documents -> token shards
+    python prep_dataset.py smollm --dataset_name my_texts --tokenizer bpe:8192 --num_shards 4 --shard_index 0
+    python prep_dataset.py merge --parts token_cache/my_texts-*-part-*      # what four machines built, as one folder
+    python prep_dataset.py info --path token_cache/my_texts-0123456789ab    # counts; `verify` reads and compares every byte
 
 `gutenberg` writes combined_1.txt, combined_2.txt, ... with a line `<|endoftext|>` between books, and report.json: what
 was done to each file and why. Downloads are kept in OUTPUT_DIR/raw; the same line again fetches only what is missing.
 39 books (19 MB) take about 5 s on two CPU cores. `pretraining_simple.py --data_dir OUTPUT_DIR` trains on the result.
+`smollm` streams documents of the hub or of local files into --cache_dir; pretraining_advanced.py does the same by itself.
 
 Project Gutenberg asks robots to be slow and to use a mirror for much (https://www.gutenberg.org/policy/robot_access.html):
 books come one at a time with a pause, under a user agent that names this program.
@@ -21,17 +25,14 @@ if __name__ == "__main__":  # Ctrl-C during the imports leaves no traceback
 
     quiet_ctrl_c()
 
-import ast
 import contextlib
-import importlib
-import inspect
+import hashlib
 import json
 import os
 import re
 import shutil
 import signal
 import sys
-import sysconfig
 import time
 import urllib.error
 import urllib.request
@@ -42,10 +43,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from parts import gutenberg
+from parts import corpus, gutenberg, shards
 from parts.archives import extract_archive, is_archive
 from parts.config import parse
 from parts.launch import error_line, run_script
+from parts.tokenizers import Tokenizer, byte_tokenizer, gpt2_tokenizer, make_tokenizer
 
 EOT_LINE = "<|endoftext|>"  # between books, alone on its line
 SEPARATOR = re.compile(rf"^{re.escape(EOT_LINE)}$", re.MULTILINE)  # inside a line it is text
@@ -80,6 +82,44 @@ class ExtractConfig:
     output_dir: str  # folder to unpack into
     max_extract_mb: float = 4000.0  # MB that it may unpack to
     debug: bool = False  # show the traceback of an error
+
+
+@dataclass
+class SmollmConfig:
+    """Tokenise documents into token shards: from the hub, a folder in its layout, parquet, jsonl(.gz), or text files."""
+
+    dataset_name: str = "HuggingFaceTB/smollm-corpus"  # name on the hub, or path of a folder or file
+    dataset_subset: str | None = None  # such as cosmopedia-v2:0.7,fineweb-edu-dedup:0.3; None: cosmopedia-v2 of smollm-corpus, else all
+    text_field: str | None = None  # column with the text; None: text, else content
+    tokenizer: str = "gpt2"  # gpt2, bpe, bpe:8192, bytes, or a tokenizer.json
+    cache_dir: str = "token_cache"  # where folders of token shards go, one for each combination of these settings
+    max_documents: int | None = None  # stop after that many documents; None: all
+    val_share: float = 0.01  # share of the documents that is held out for validation, by their hash
+    streaming: bool = True  # read from the hub as it goes; otherwise download the whole subset first
+    num_shards: int = 1  # machines or processes that share the work
+    shard_index: int = 0  # which of them this is, from 0
+    debug: bool = False  # show the traceback of an error
+
+
+@dataclass
+class MergeConfig:
+    """Make one folder of token shards of the parts that `smollm --num_shards N --shard_index I` wrote."""
+
+    parts: tuple[str, ...]  # the N folders
+    debug: bool = False  # show the traceback of an error
+
+
+@dataclass
+class InfoConfig:
+    """Say what is in a folder of token shards."""
+
+    path: str  # the folder
+    debug: bool = False  # show the traceback of an error
+
+
+@dataclass
+class VerifyConfig(InfoConfig):
+    """Read a folder of token shards whole and compare it with its hashes."""
 
 
 # ---------------------------------------------------------------------------------------------------- download
@@ -361,37 +401,6 @@ def read_documents(path) -> list[str]:
     return documents
 
 
-def python_docs() -> list[str]:
-    """
-    About 1 MB of English that every Python carries: the prose of pydoc's topics and of the standard library's docstrings.
-
-    Paragraphs that are code, tables or repeated are left out. The same Python gives the same documents.
-    """
-    topics = importlib.import_module("pydoc_data.topics").topics
-    texts = [topics[name] for name in sorted(topics)]
-    library = Path(sysconfig.get_paths()["stdlib"])
-    for file in sorted(library.rglob("*.py")):
-        if {"site-packages", "test", "tests", "idle_test", "lib2to3"} & set(file.relative_to(library).parts):
-            continue
-        try:
-            nodes = [n for n in ast.walk(ast.parse(file.read_bytes())) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
-        except (SyntaxError, ValueError, OSError):  # a file of the library that is no Python of this version
-            continue
-        texts.append("\n\n".join(docstring for node in nodes if (docstring := ast.get_docstring(node))))
-    documents, seen = [], set()
-    for text in texts:
-        prose = []
-        for paragraph in text.split("\n\n"):
-            flat = "".join(paragraph.split())
-            is_prose = len(flat) > 50 and sum(map(str.isalpha, flat)) > 0.85 * len(flat) and ">>>" not in flat
-            if is_prose and flat not in seen:
-                seen.add(flat)
-                prose.append(inspect.cleandoc(paragraph))
-        if prose:
-            documents.append("\n\n".join(prose))
-    return documents
-
-
 def load_documents(data_dir: str | None) -> tuple[list[str], str]:
     """
     The texts to train on and where they come from, in this order: the given folder; books prepared in ./gutenberg_preprocessed;
@@ -407,15 +416,106 @@ def load_documents(data_dir: str | None) -> tuple[list[str], str]:
             prepare_gutenberg(books)
         except (OSError, ValueError) as e:
             print(f"no --data_dir, and Project Gutenberg is out of reach ({error_line(e)}): reading the English that Python carries")
-            return python_docs(), "Python's documentation"
+            return corpus.python_docs(), "Python's documentation"
     return read_documents(books.output_dir), books.output_dir
+
+
+# ---------------------------------------------------------------------------------------------------- token shards
+
+
+def _tokenizer_of(spec: str, config: SmollmConfig) -> Tokenizer:
+    """The tokenizer of --tokenizer. No other one instead: a cache of other ids would be a surprise for months."""
+    if spec in ("gpt2", "auto"):
+        try:
+            return gpt2_tokenizer()
+        except OSError as e:
+            what = f"GPT-2's vocabulary is neither in tiktoken's cache nor reachable ({error_line(e)})"
+            raise ValueError(f"--tokenizer: {what}; set TIKTOKEN_CACHE_DIR to a folder that holds it, or give bpe, bytes or a file") from e
+    if spec.split(":")[0] != "bpe":
+        return byte_tokenizer() if spec == "bytes" else Tokenizer.load(spec)
+    whole = corpus.Corpus(config.dataset_name, config.dataset_subset, config.text_field, config.max_documents, config.streaming)
+    return make_tokenizer(spec, (row["text"] for rows, _ in whole.chunks(None) for row in rows))
+
+
+def prepare_tokens(config: SmollmConfig) -> Path:
+    """
+    The folder of token shards that belongs to these settings, built if it is not there; returns its path.
+
+    Its name holds a fingerprint of everything that determines the content, so that no two settings share a folder.
+    A folder of ready-made shards is its own result. Raises ValueError for bad settings or data, OSError where it
+    cannot be written; the same line again goes on from there.
+    """
+    name = config.dataset_name
+    if any(Path(name).glob("*.bin")):
+        return Path(name)
+    if config.dataset_subset is None and name == SmollmConfig.dataset_name:
+        config.dataset_subset = "cosmopedia-v2"
+    if not (0 < config.val_share < 1 and 0 <= config.shard_index < config.num_shards and (config.max_documents or 1) > 0):
+        what = f"--val_share {config.val_share}, --num_shards {config.num_shards}, --shard_index {config.shard_index}"
+        raise ValueError(f"{what}, --max_documents {config.max_documents}: a share in (0, 1), an index from 0 to N - 1, a positive limit")
+    spec = {"auto": "gpt2", "bpe": "bpe:4096"}.get(config.tokenizer, config.tokenizer)
+    key = hashlib.sha256(Path(spec).read_bytes()).hexdigest() if Path(spec).is_file() else spec
+    facts = corpus.facts_of(name, config.dataset_subset, config.text_field, config.max_documents)
+    facts |= {"tokenizer": key, "val_share": config.val_share, "writer": shards.WRITER}
+    fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    slug = re.sub(r"[^\w.-]+", "-", "-".join(filter(None, (Path(name).name, config.dataset_subset))))[:80]
+    target = Path(config.cache_dir) / f"{slug}-{fingerprint}"
+    if config.num_shards > 1:
+        target = target.with_name(f"{target.name}-part-{config.shard_index}-of-{config.num_shards}")
+        facts |= {"num_shards": config.num_shards, "shard_index": config.shard_index}
+    if target.exists():
+        return target
+    tokenizer = _tokenizer_of(spec, config)
+    work = (config.num_shards, config.shard_index)
+    source = corpus.Corpus(name, config.dataset_subset, config.text_field, config.max_documents, config.streaming, *work)
+    started, seen = time.monotonic(), Counter()
+    with tqdm(desc="tokenising", unit=" documents", mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
+
+        def progress(n_documents: int, n_bytes: int, n_tokens: int) -> None:
+            seen.update(bytes=n_bytes, tokens=n_tokens)
+            rate = seen["bytes"] / 1e6 / max(time.monotonic() - started, 1e-3)
+            bar.set_postfix_str(f"{rate:.1f} MB/s, {seen['tokens']:,} tokens", refresh=False)
+            bar.update(n_documents)
+
+        def tokenise(rows) -> dict:
+            return corpus.tokenise(rows, tokenizer, config.val_share)
+
+        return shards.build(target, tokenizer, source.chunks, tokenise, facts, os.cpu_count() or 1, progress)
+
+
+def describe_tokens(folder, index: dict) -> str:
+    """Counts of a folder of token shards, in lines for people."""
+    name = index["tokenizer"]["name"] if index["tokenizer"] else "gpt2, published shards"
+    lines = [f"{folder}: {index['source']['dataset_name']}, tokenizer {name}"]
+    for split in ("train", "val"):
+        mine = [s for s in index["shards"] if ("val" in s["name"]) == (split == "val")]
+        tokens, documents, n_bytes = (sum(s.get(key, 0) for s in mine) for key in ("tokens", "documents", "bytes"))
+        counted = f", {documents:,} documents, {n_bytes:,} bytes of text, {n_bytes / max(tokens, 1):.2f} per token" if documents else ""
+        lines.append(f"{split}: {len(mine)} files, {tokens:,} tokens{counted}")
+    return "\n".join([*lines, f"content {shards.content_hash(index)}"])
 
 
 # ---------------------------------------------------------------------------------------------------- command line
 
+COMMANDS = {"gutenberg": GutenbergConfig, "extract": ExtractConfig, "smollm": SmollmConfig}
+COMMANDS |= {"merge": MergeConfig, "info": InfoConfig, "verify": VerifyConfig}
 
-def main(config: GutenbergConfig | ExtractConfig) -> int:
-    """Run the command; returns the exit code."""
+
+def main(config) -> int:
+    """Run the command whose configuration this is; returns the exit code."""
+    if isinstance(config, SmollmConfig | MergeConfig):
+        if isinstance(config, SmollmConfig):
+            folder = prepare_tokens(config)
+        else:
+            folder = shards.merge(config.parts, re.sub(r"-part-\d+-of-\d+$", "", str(Path(config.parts[0]))))
+        print(describe_tokens(folder, shards.read_index(folder)))
+        return 0
+    if isinstance(config, InfoConfig):
+        look = shards.verify if isinstance(config, VerifyConfig) else shards.read_index
+        print(describe_tokens(config.path, look(config.path)))
+        if isinstance(config, VerifyConfig):
+            print("every byte agrees with its sha256")
+        return 0
     if isinstance(config, ExtractConfig):
         n = extract_archive(config.archive, config.output_dir, config.max_extract_mb)
         print(f"{config.archive}: {n} files unpacked into {config.output_dir}")
@@ -434,4 +534,4 @@ def main(config: GutenbergConfig | ExtractConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse({"gutenberg": GutenbergConfig, "extract": ExtractConfig})))
+    run_script(lambda: main(parse(COMMANDS)))

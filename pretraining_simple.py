@@ -175,7 +175,7 @@ def main(config: SimpleConfig) -> int:
     def save(step: int) -> bool:
         state = {"script": "pretraining_simple.py", "step": step, "tokens": step * B * T, "model_config": asdict(model_config)}
         try:
-            save_checkpoint(run_dir, step, model.state_dict(), state, {"tokenizer.json": tokenizer.to_json()}, keep_last=1)
+            save_checkpoint(run_dir, step, {"model.safetensors": model.state_dict()}, state, {"tokenizer.json": tokenizer.to_json()}, 1)
         except OSError as e:  # a run is worth more than a checkpoint
             tqdm.write(f"warning: step {step} is not saved: {error_line(e)}; free some space or choose another --output_dir")
             return False

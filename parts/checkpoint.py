@@ -3,6 +3,7 @@ A checkpoint on disk: a folder that is either whole or not there. Knows no model
 
     runs/simple/checkpoints/step_000500/
         model.safetensors      weights
+        optimizer.safetensors  what the optimizer remembers (of runs that can be resumed)
         tokenizer.json         what the weights were trained with
         trainer_state.json     step, tokens, configuration
         MANIFEST.json          bytes and sha256 of each file above, written last
@@ -76,12 +77,12 @@ def append_lines(path, lines: list) -> None:
         print(f"warning: {path}: {e.strerror}; the run goes on", flush=True)
 
 
-def save_checkpoint(run_dir, step: int, tensors: dict, state: dict, files: dict[str, bytes], keep_last: int) -> Path:
+def save_checkpoint(run_dir, step: int, tensors: dict, state: dict, files: dict[str, bytes], keep_last: int, keep=()) -> Path:
     """
-    Write `run_dir/checkpoints/step_NNNNNN` and drop all but the newest `keep_last`; returns the folder.
+    Write `run_dir/checkpoints/step_NNNNNN` and drop all but the newest `keep_last` and the steps in `keep`; returns the folder.
 
-    tensors: name -> tensor; state: JSON values; files: name -> bytes, kept beside them. Raises OSError where it cannot
-    be written, and then nothing is left of it and the older checkpoints are untouched.
+    tensors: file name -> {name: tensor}; state: JSON values; files: name -> bytes, kept beside them. Raises OSError where
+    it cannot be written, and then nothing is left of it and the older checkpoints are untouched.
     """
     parent = Path(run_dir) / "checkpoints"
     parent.mkdir(parents=True, exist_ok=True)
@@ -89,8 +90,9 @@ def save_checkpoint(run_dir, step: int, tensors: dict, state: dict, files: dict[
     try:
         shutil.rmtree(part, ignore_errors=True)  # of an attempt that was killed
         part.mkdir()
-        # contiguous CPU copies: safetensors refuses views, and weights trained on a GPU must open without one
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part / "model.safetensors")
+        for name, named in tensors.items():
+            # contiguous CPU copies: safetensors refuses views, and weights trained on a GPU must open without one
+            save_file({k: v.detach().cpu().contiguous() for k, v in named.items()}, part / name)
         (part / "trainer_state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         for name, data in files.items():
             (part / name).write_bytes(data)
@@ -109,16 +111,21 @@ def save_checkpoint(run_dir, step: int, tensors: dict, state: dict, files: dict[
         shutil.rmtree(part, ignore_errors=True)
         _name(e, target)
         raise
-    older = [folder for folder in list_checkpoints(run_dir) if folder != target]
+    older = [folder for folder in list_checkpoints(run_dir) if folder != target and step_of(folder) not in keep]
     for old in older[: max(len(older) - keep_last + 1, 0)]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
 
 def list_checkpoints(run_dir) -> list[Path]:
-    """Complete checkpoint folders of a run, oldest first. A copy under a name of your own is not one of them, nor ever deleted."""
-    found = [f.parent for f in Path(run_dir).glob("checkpoints/step_*/MANIFEST.json") if re.fullmatch(r"step_\d+", f.parent.name)]
-    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step_")))
+    """Checkpoint folders of a run, oldest first. A copy under a name of your own is not one of them, nor ever deleted."""
+    found = [f for f in Path(run_dir).glob("checkpoints/step_*") if f.is_dir() and re.fullmatch(r"step_\d+", f.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(folder) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(Path(folder).name.removeprefix("step_"))
 
 
 def verify_checkpoint(folder) -> None:
@@ -132,7 +139,9 @@ def verify_checkpoint(folder) -> None:
                 raise ValueError(f"{path}: differs from its MANIFEST.json; the file is damaged, use another checkpoint")
     except FileNotFoundError as e:
         raise ValueError(f"{e.filename}: missing; the checkpoint is damaged, use another one") from e
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
+    except OSError as e:
+        raise ValueError(f"{e.filename}: {e.strerror}; the checkpoint is damaged, use another one") from e
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{folder / 'MANIFEST.json'}: not readable ({e!r}); the checkpoint is damaged, use another one") from e
 
 
@@ -142,7 +151,7 @@ def newest_checkpoint(path) -> Path:
     named on the way). Raises FileNotFoundError where there is none, ValueError where all are damaged.
     """
     path = Path(path)
-    if (path / "MANIFEST.json").exists():
+    if os.path.lexists(path / "MANIFEST.json"):
         verify_checkpoint(path)
         return path
     candidates = list_checkpoints(path)
@@ -154,14 +163,23 @@ def newest_checkpoint(path) -> Path:
             return folder
         except ValueError as e:
             print(f"warning: {e}", flush=True)
-    raise ValueError(f"{path}: all {len(candidates)} checkpoints are damaged; train again")
+            problem = e
+    raise ValueError(f"{path}: all {len(candidates)} checkpoints are damaged ({problem}); train again, in another folder")
+
+
+def load_tensors(path) -> dict:
+    """Tensors (memory-mapped) of a safetensors file that was verified. Raises ValueError."""
+    try:
+        return load_file(path)
+    except (SafetensorError, FileNotFoundError) as e:
+        raise ValueError(f"{path}: not a file of tensors ({e})") from e
 
 
 def load_checkpoint(folder) -> tuple[dict, dict]:
-    """Tensors (memory-mapped) and trainer state of a checkpoint folder that was verified. Raises ValueError."""
+    """Weights (memory-mapped) and trainer state of a checkpoint folder that was verified. Raises ValueError."""
     folder = Path(folder)
     try:
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        return load_file(folder / "model.safetensors"), state
-    except (SafetensorError, json.JSONDecodeError, FileNotFoundError) as e:
+    except (json.JSONDecodeError, FileNotFoundError) as e:
         raise ValueError(f"{folder}: not a checkpoint of this project ({e})") from e
+    return load_tensors(folder / "model.safetensors"), state

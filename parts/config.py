@@ -1,14 +1,21 @@
-"""From a dataclass to a command line: `--field value` for each field, its comment as help, one line per problem."""
+"""
+From a dataclass to a command line: `--field value` for each field, its comment as help, one line per problem.
+
+Defaults <- one YAML file <- command line. PyYAML reads `5e-4` as text and `no` as False, so a value of the file is
+converted by the type of its field.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import io
+import math
 import re
 import sys
 import typing
-from typing import Annotated, Union
+from typing import Annotated, NoReturn, Union
 
 import tyro
 
@@ -17,8 +24,9 @@ def parse(config_class, argv=None, notes: str = ""):
     """
     The dataclass filled from the command line (`argv`, default sys.argv[1:]); `notes` stand below its docstring in --help.
 
-    Flags are the field names, `_` and `-` both accepted, booleans as --flag/--no-flag. A dict {name: dataclass} makes
-    commands: `script.py name --flag ...`. A wrong line prints one `error:` per problem and exits with 2.
+    Flags are the field names, `_` and `-` both accepted, booleans as --flag/--no-flag. A field named `config` takes a YAML
+    file whose values stand under those of the line. A dict {name: dataclass} makes commands: `script.py name --flag ...`.
+    A wrong line or file prints one `error:` per problem and exits with 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if isinstance(config_class, dict):
@@ -30,17 +38,82 @@ def parse(config_class, argv=None, notes: str = ""):
         classes = config_class.values()
     else:
         tyro_type, classes = config_class, [config_class]
+    default = {}
+    if "config" in getattr(config_class, "__dataclass_fields__", {}) and (path := _value_of("--config", argv)):
+        default = {"default": from_yaml(config_class, path)}
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(tyro_type, args=argv, use_underscores=True, description=f"{config_class.__doc__}{notes}" if notes else None)
+            description = f"{config_class.__doc__}{notes}" if notes else None
+            return tyro.cli(tyro_type, args=argv, use_underscores=True, description=description, **default)
     except SystemExit as e:
         if e.code:
             _refuse(_problems(printed.getvalue(), argv, classes))
         raise
 
 
-def _refuse(problems) -> None:
+def _value_of(flag: str, argv) -> str | None:
+    for i, word in enumerate(argv):
+        if word == flag and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+    return None
+
+
+def from_yaml(config_class, path: str):
+    """The dataclass filled from a YAML file of `field: value` lines. Prints every problem and exits with 2 if there is one."""
+    import yaml  # here: only a run with --config needs it
+
+    try:
+        with open(path, encoding="utf-8") as f:
+            text = f.read(1 << 20)
+        values = yaml.safe_load(text)
+    except OSError as e:
+        _refuse([f"--config: {path}: {e.strerror}"])
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as e:
+        _refuse([f"{path}: not readable as YAML ({' '.join(str(e).split())[:200]}); write lines such as max_lr: 5e-4"])
+    if not isinstance(values, dict) and values is not None:
+        _refuse([f"{path}: holds {type(values).__name__}, not a mapping; write lines such as max_lr: 5e-4"])
+    types, done, problems = typing.get_type_hints(config_class), {}, []
+    for name, value in (values or {}).items():
+        if name not in types or name == "config":
+            problems.append(f"{path}: {str(name)[:50]!r}: no such setting{_nearest(str(name), sorted(types))}")
+            continue
+        try:
+            done[name] = _converted(value, types[name])
+        except (TypeError, ValueError):
+            shown = repr(value)[:50] if isinstance(value, str | int | float | bool | None) else type(value).__name__
+            kind = getattr(types[name], "__name__", str(types[name])).replace("NoneType", "nothing").replace("typing.", "")
+            problems.append(f"{path}: {name}: {shown} is not of type {kind}")
+    if problems:
+        _refuse(problems)
+    return dataclasses.replace(config_class(), config=path, **done)
+
+
+def _converted(value, kind):
+    """A YAML value as the field's type; raises ValueError or TypeError where it is none."""
+    choices = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        if value not in choices:
+            raise ValueError
+        return value
+    if choices:  # T | None
+        return None if value is None and type(None) in choices else _converted(value, next(c for c in choices if c is not type(None)))
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise TypeError
+        return value
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise TypeError
+    if kind is int and isinstance(value, float) and not value.is_integer():
+        raise ValueError
+    if kind in (int, float) and not math.isfinite(float(value)):
+        raise ValueError
+    return kind(value)
+
+
+def _refuse(problems) -> NoReturn:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     sys.exit(2)

@@ -11,7 +11,9 @@ from parts import checkpoint as C
 
 
 def save(folder, step, keep_last=3):
-    return C.save_checkpoint(folder, step, {"w": torch.full((3, 2), float(step))}, {"step": step}, {"extra.txt": b"x"}, keep_last)
+    return C.save_checkpoint(
+        folder, step, {"model.safetensors": {"w": torch.full((3, 2), float(step))}}, {"step": step}, {"extra.txt": b"x"}, keep_last
+    )
 
 
 def test_what_was_saved_comes_back(tmp_path):

@@ -20,7 +20,8 @@ from conftest import ROOT, SHARED, one_error_line, run, shared
 
 import prep_dataset
 from parts import gutenberg as G
-from prep_dataset import GutenbergConfig, clean_book, prepare_gutenberg, python_docs, read_documents
+from parts.corpus import python_docs
+from prep_dataset import GutenbergConfig, clean_book, prepare_gutenberg, read_documents
 
 PROSE = "It was a bright cold day in April, and the old clock of the tower struck thirteen over the quiet roofs of the town.\n\n"
 HEADER = "The Project Gutenberg EBook of A Day, by Nobody\n\nTitle: A Day\n\nLanguage: English\n\n"
