@@ -301,7 +301,9 @@ def _sample_next(logits, temperature, top_k, top_p, generator):
 
 
 @torch.no_grad()
-def generate(model, ids, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, seed=None, stop_token=None, use_cache=True):
+def generate(
+    model, ids, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, seed=None, stop_token=None, use_cache=True, should_stop=None
+):
     """
     The ids with up to `max_new_tokens` sampled ones behind them: (B, T) int64 -> (B, T + n).
 
@@ -310,7 +312,7 @@ def generate(model, ids, max_new_tokens, *, temperature=1.0, top_k=None, top_p=N
     `seed` fixes the result; the global random state is neither read nor changed, so sampling cannot disturb training.
     The model reads at most its last block_size tokens. While all fit, keys and values are cached; past that point
     every learned position shifts with each token, so the window is read anew: slower, and the same ids as without
-    a cache. Raises ValueError for an empty prompt or options out of range.
+    a cache. should_stop() true ends it at the next token. Raises ValueError for an empty prompt or options out of range.
     """
     if ids.ndim != 2 or ids.shape[1] == 0:
         raise ValueError(f"generate: ids have shape {tuple(ids.shape)}; give (B, T) with at least one token, such as end-of-text")
@@ -340,7 +342,7 @@ def generate(model, ids, max_new_tokens, *, temperature=1.0, top_k=None, top_p=N
             next_ids = next_ids.masked_fill(stopped, stop_token)
             stopped |= next_ids == stop_token
         ids = torch.cat((ids, next_ids), dim=1)
-        if stopped.all():
+        if stopped.all() or (should_stop and should_stop()):
             break
         if ids.shape[1] > block_size:
             cache = None

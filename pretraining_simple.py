@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from gpt_train import GPT, GPTConfig, calc_loss_batch, count_parameters, evaluate_model, generate_and_print_sample, pick_device, plot_losses
-from parts.checkpoint import append_lines, save_checkpoint, write_file
+from parts.checkpoint import append_lines, move_aside, save_checkpoint, write_file
 from parts.config import parse
 from parts.launch import StopRequest, error_line, run_script
 from parts.tokenizers import make_tokenizer
@@ -232,16 +232,14 @@ def learning_rate_share(step: int, n_steps: int) -> float:
 def start_run(run_dir: Path, facts: dict) -> None:
     """Begin the run folder with run.json; a run that is there already is moved to the next free name, not lost."""
     try:
-        if any((run_dir / name).exists() for name in ("run.json", "metrics.jsonl", "checkpoints")):
-            n = next(n for n in itertools.count(1) if not run_dir.with_name(f"{run_dir.name}-{n}").exists())
-            run_dir.rename(run_dir.with_name(f"{run_dir.name}-{n}"))
-            print(f"the earlier run is kept as {run_dir}-{n}")
+        if earlier := move_aside(run_dir):
+            print(f"the earlier run is kept as {earlier}")
         write_file(run_dir / "run.json", json.dumps({**facts, "torch": torch.__version__, "command": sys.argv}, indent=1).encode())
     except OSError as e:
         raise ValueError(f"--output_dir: {error_line(e)}; choose a folder that can be written") from e
 
 
-# Left out, so that the page stays short. It is the matter of pretraining_advanced.py, which is being written:
+# Left out, so that the page stays short. It is the matter of pretraining_advanced.py:
 # - going on after a kill with the same bits: --resume            - bf16, compile, gradient accumulation: --dtype, --compile
 # - several GPUs: --parallel                                      - texts larger than memory, as token shards: --dataset_name
 # - GaLore, Muon and other schedules: --optimizer, --schedule     - a step with a non-finite gradient is skipped, not fatal

@@ -144,7 +144,8 @@ class Prefetch:
     """
     Batches of an iterable with `state_dict`, made ready in a thread and moved to the device while the last one is used.
 
-    Iterating gives (batch on the device, state behind it). What the thread raises is raised here. `close()` ends it.
+    Iterating gives (batch on the device, number of targets in it, state behind it). What the thread raises is raised
+    here. `close()` ends it.
     """
 
     def __init__(self, batches, device, depth: int = 4):
@@ -158,7 +159,9 @@ class Prefetch:
             for batch in batches:
                 if self.stopped.is_set():
                     return
-                self._put(({k: v.contiguous().pin_memory() if pin else v.contiguous() for k, v in batch.items()}, batches.state_dict()))
+                n_targets = int((batch["targets"] != -100).sum())  # counted here: on the device it would have to wait
+                ready = {k: v.contiguous().pin_memory() if pin else v.contiguous() for k, v in batch.items()}
+                self._put((ready, n_targets, batches.state_dict()))
         except Exception as e:  # noqa: BLE001  whatever it is, the training loop raises it
             self._put(e)
 
@@ -175,8 +178,8 @@ class Prefetch:
             item = self.queue.get()
             if isinstance(item, Exception):
                 raise item
-            batch, state = item
-            yield {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}, state
+            batch, n_targets, state = item
+            yield {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}, n_targets, state
 
     def close(self) -> None:
         """End the thread."""

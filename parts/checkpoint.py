@@ -15,6 +15,7 @@ the older checkpoints as they were. Reading compares the hashes first: no common
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -115,6 +116,15 @@ def save_checkpoint(run_dir, step: int, tensors: dict, state: dict, files: dict[
     for old in older[: max(len(older) - keep_last + 1, 0)]:
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def move_aside(run_dir) -> Path | None:
+    """Rename a run folder that holds a run to the next free name (runs/simple-1), and return that; None where there is none."""
+    run_dir = Path(run_dir)
+    if not any((run_dir / name).exists() for name in ("run.json", "metrics.jsonl", "checkpoints")):
+        return None
+    free = (run_dir.with_name(f"{run_dir.name}-{n}") for n in itertools.count(1))
+    return run_dir.rename(next(path for path in free if not path.exists()))
 
 
 def list_checkpoints(run_dir) -> list[Path]:

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import io
 import math
+import os
 import re
 import sys
 import typing
@@ -114,8 +115,9 @@ def _converted(value, kind):
 
 
 def _refuse(problems) -> NoReturn:
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts the same line many times: one answer is enough
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -10,6 +10,7 @@ import errno
 import os
 import signal
 import sys
+import time
 
 # A person can mend these before the run; any other OSError and every RuntimeError means that the run itself failed.
 BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -47,7 +48,8 @@ def run_script(main) -> None:
     except BrokenPipeError:  # `| head` has read enough
         os._exit(141)
     except (*BAD_INPUT, OSError, RuntimeError, MemoryError) as e:
-        print(f"error: {error_line(e)}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # of several processes, set by torchrun
+        print(f"error: {'' if rank == '0' else f'[rank {rank}] '}{error_line(e)}", file=sys.stderr)
         if "--debug" in sys.argv:
             raise
         code = 2 if isinstance(e, BAD_INPUT) else 1
@@ -67,7 +69,7 @@ class StopRequest:
 
     def __init__(self):
         self.exit_code = None
-        self._before = {}
+        self._before, self._first = {}, 0.0
 
     def __bool__(self) -> bool:
         return self.exit_code is not None
@@ -84,8 +86,10 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _on_signal(self, number, _frame) -> None:
-        if number == signal.SIGINT and self:
+        # torchrun passes on the Ctrl-C that the terminal has sent to every process already: the same wish, not a second one
+        if number == signal.SIGINT and self and time.monotonic() - self._first > 1:
             os._exit(130)
+        self._first = self._first or time.monotonic()
         self.exit_code = 130 if number == signal.SIGINT else 75
         # os.write, not print: a handler may interrupt a print, and the stream refuses to be entered twice
         os.write(2, b"\nstopping after this step and saving; Ctrl-C again leaves at once\n")

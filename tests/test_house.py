@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT, run
 
-SCRIPTS = [name for name in ("pretraining_simple.py", "prep_dataset.py", "gpt_train.py") if (ROOT / name).exists()]
+SCRIPTS = ["pretraining_simple.py", "pretraining_advanced.py", "prep_dataset.py", "gpt_train.py", "wt_load.py"]
 BUDGETS = {  # lines; raising one is a decision, with its reason in the commit
     "pretraining_simple.py": 250,
     "pretraining_advanced.py": 700,

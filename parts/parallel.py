@@ -1,0 +1,226 @@
+"""
+One process or many: the few verbs the training loop knows. none | ddp, more to come behind the same verbs.
+
+    with Parallel("auto", "auto", "auto") as parallel:
+        model, optimizer = parallel.prepare(model, blocks, make_optimizer)
+        with parallel.sync(model, last=True): parallel.backward(loss)
+        grad_norm = parallel.step(optimizer, max_norm)
+
+Started by torchrun, which sets RANK, WORLD_SIZE and LOCAL_RANK; NCCL between GPUs, gloo between CPUs, and gloo for the few
+numbers that the ranks agree on, so that no GPU has to wait for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+MAX_REFUSED = 20  # non-finite steps in a row, after which the run has diverged
+
+
+class Parallel:
+    """Where this process stands among the others, its device and its arithmetic. A context manager: leaving it closes the group."""
+
+    def __init__(self, kind: str, device, dtype: torch.dtype):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device, self.dtype, self.wrapped = device, dtype, None
+        if kind == "none" and self.world > 1:
+            raise ValueError(f"--parallel none: torchrun started {self.world} processes; leave the flag out, or start with python")
+        if kind == "ddp" and "RANK" not in os.environ:
+            raise ValueError("--parallel ddp: start with torchrun --nproc_per_node N pretraining_advanced.py ...")
+        self.loss_scale = {"scale": 2.0**15, "good": 0} if dtype == torch.float16 else None
+        self.refused = 0  # steps in a row that were not finite
+        if self.world > 1:
+            import torch.distributed as dist  # here: one process does without
+
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            try:
+                dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+            except RuntimeError as e:  # such as a port in use
+                address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+                raise ValueError(
+                    f"the processes do not find each other at {address} ({' '.join(str(e).split())[:150]}); try another port"
+                ) from e
+
+    def __enter__(self) -> Parallel:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if self.world > 1:
+            import torch.distributed as dist
+
+            self.wrapped = None  # before the group: DDP's reducer otherwise outlives it, and the process aborts at times
+            if kind is None:
+                dist.destroy_process_group()
+
+    # ------------------------------------------------------------------------------------------------- agreeing
+
+    def all_sum(self, values: list[float]) -> list[float]:
+        """Each value summed over all ranks, in fp64; all ranks get the same bits."""
+        if self.world == 1:
+            return [float(v) for v in values]
+        import torch.distributed as dist
+
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    @contextlib.contextmanager
+    def agree(self):
+        """What fails here on one rank ends all of them, with one message: that of the lowest rank that failed."""
+        error = None
+        try:
+            yield
+        except (ValueError, OSError, RuntimeError) as e:
+            error = e
+        failed = self.all_sum([float(error is not None and r == self.rank) for r in range(self.world)])
+        if error and not any(failed[: self.rank]):
+            raise error
+        if any(failed):
+            raise SystemExit(2)
+
+    def share(self, state: dict | None, tensors: dict | None) -> tuple[dict, dict]:
+        """Rank 0's JSON values and named tensors, on all ranks: only one of them needs to see the disk."""
+        if self.world == 1:
+            return state, tensors
+        import torch.distributed as dist
+
+        spec = None
+        if self.rank == 0:
+            listed = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
+            spec = torch.frombuffer(bytearray(json.dumps([state, listed]).encode()), dtype=torch.uint8)
+        size = torch.tensor([len(spec) if self.rank == 0 else 0])
+        dist.broadcast(size, 0)
+        spec = spec if self.rank == 0 else torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(spec, 0)
+        state, listed = json.loads(spec.numpy().tobytes())
+        shared = {}
+        for name, (dtype, shape) in listed.items():
+            shared[name] = tensors[name].contiguous() if self.rank == 0 else torch.empty(shape, dtype=getattr(torch, dtype))
+            dist.broadcast(shared[name], 0)
+        return state, shared
+
+    # ------------------------------------------------------------------------------------------------- training
+
+    def prepare(self, model, blocks, make_optimizer, activation_checkpointing: bool = False, compile_blocks: bool = False):
+        """
+        (model to call, optimizer) of a plain model: activation checkpointing, compile per block, device, optimizer, wrap.
+
+        The plain model stays what it was, with its own names: it is the one to save, to evaluate and to sample from.
+        """
+        for block in (m for m in model.modules() if isinstance(m, tuple(blocks))):
+            if activation_checkpointing:
+                _recompute_in_backward(block)
+            if compile_blocks:
+                block.compile(dynamic=False)  # a new shape would otherwise change the kernels of the old one
+        model.to(self.device)
+        optimizer = make_optimizer(model)
+        if self.world == 1:
+            return model, optimizer
+        from torch.nn.parallel import DistributedDataParallel
+
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        # find_unused_parameters keeps the gradient buckets as they are; DDP otherwise orders them anew after the first
+        # backward, and from 3 ranks up a resumed run would add in another order than the straight one
+        self.wrapped = DistributedDataParallel(model, device_ids=ids, find_unused_parameters=True, broadcast_buffers=False)
+        return self.wrapped, optimizer
+
+    @contextlib.contextmanager
+    def sync(self, model, last: bool):
+        """Around forward and backward of a micro-batch: autocast, and gradients are exchanged with the last one only."""
+        with contextlib.nullcontext() if last or self.world == 1 else model.no_sync():
+            yield
+
+    def autocast(self):
+        """Products in bf16 or fp16 where that was chosen; weights, sums and losses stay fp32."""
+        return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else contextlib.nullcontext()
+
+    def backward(self, loss) -> None:
+        """Add the gradients of a loss; DDP divides by the number of ranks, so the loss comes multiplied by it."""
+        (loss * (self.loss_scale["scale"] if self.loss_scale else 1.0)).backward()
+
+    def step(self, optimizer, max_norm: float | None) -> float:
+        """
+        Unscale, clip the global norm, update, clear; returns the norm before clipping. A norm that is not finite is not
+        applied; after 20 of these in a row raises RuntimeError.
+        """
+        grads = [p.grad for p in optimizer.names if p.grad is not None]
+        if self.loss_scale:
+            torch._foreach_mul_(grads, 1 / self.loss_scale["scale"])
+        norm = torch.nn.utils.get_total_norm(grads)
+        value = norm.item()
+        if not math.isfinite(value):
+            self.refused += 1
+            if self.loss_scale:  # fp16 overflowed: that is how its scale finds its place
+                self.loss_scale |= {"scale": self.loss_scale["scale"] / 2, "good": 0}
+            optimizer.zero_grad()
+            if self.refused >= MAX_REFUSED:
+                raise RuntimeError(
+                    f"the gradient was not finite in {MAX_REFUSED} steps in a row; go on from a checkpoint with a lower --max_lr"
+                )
+            return value
+        self.refused = 0
+        if max_norm:
+            torch._foreach_mul_(grads, min(1.0, max_norm / (value + 1e-6)))
+        optimizer.step()
+        optimizer.zero_grad()
+        if self.loss_scale:
+            self.loss_scale["good"] += 1
+            if self.loss_scale["good"] % 2000 == 0:
+                self.loss_scale["scale"] *= 2
+        return value
+
+
+def _recompute_in_backward(block) -> None:
+    """Keep only the block's input, and compute the rest again when its gradient is needed (Chen et al. 2016)."""
+    forward = block.forward
+
+    def recomputed(*args, **kwargs):
+        if torch.is_grad_enabled():
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return forward(*args, **kwargs)
+
+    block.forward = recomputed
+
+
+# ---------------------------------------------------------------------------------------------- what the machine can do
+
+
+def choose_dtype(name: str, device) -> tuple[torch.dtype, str]:
+    """(dtype of the products, why) of --dtype auto, bf16, fp16 or fp32. Raises ValueError for what the device cannot do."""
+    if name == "fp32":
+        return torch.float32, "as asked"
+    if name == "fp16" and device.type != "cuda":
+        raise ValueError(f"--dtype fp16: needs CUDA, this run is on {device.type}; use bf16 or fp32")
+    if name in ("bf16", "fp16"):
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}[name], "as asked"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "this GPU has it"
+        return torch.float16, "this GPU has no bf16; the loss is scaled"
+    if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16, "this CPU has AMX"
+    return torch.float32, f"bf16 is no faster on this {device.type}"
+
+
+def why_no_compiler(device) -> str | None:
+    """None where torch.compile works on this device, else the reason, in a line."""
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+        return None
+    except Exception as e:  # noqa: BLE001  whatever the compiler raises, training goes on without it
+        return " ".join(str(e).split())[:150] or type(e).__name__
+
+
+def attention_kernel(n_head: int, head_dim: int, T: int, device, dtype, dropout: float) -> str:
+    """Name of the kernel that scaled_dot_product_attention takes for these shapes."""
+    from torch.nn.attention import SDPBackend
+
+    q = torch.empty(1, n_head, T, head_dim, device=device, dtype=dtype, requires_grad=True)
+    choice = torch._fused_sdp_choice(q, q, q, None, dropout, True)
+    return next((name.lower() for name, backend in SDPBackend.__members__.items() if int(backend.value) == choice), "unknown")

@@ -1,0 +1,651 @@
+"""
+Pretrain a GPT on token shards, on a laptop or on many GPUs; kill it whenever you like, the same line goes on with the same bits.
+
+    python pretraining_advanced.py --config configs/laptop.yaml                       # two CPU cores, minutes
+    python pretraining_advanced.py --config configs/gpt2-124m.yaml                    # one GPU
+    torchrun --nproc_per_node 8 pretraining_advanced.py --config configs/gpt2-124m.yaml
+    python pretraining_advanced.py --config configs/laptop.yaml --max_lr 1e-3 --optimizer muon --run_name muon
+    python pretraining_advanced.py --help
+
+The text is tokenised on first use (see prep_dataset.py smollm) and kept in --cache_dir. On disk, in runs/RUN_NAME: run.json,
+metrics.jsonl, loss.png, samples.txt, checkpoints/. SIGTERM, SIGUSR1 and --max_minutes save and exit with 75, Ctrl-C with 130;
+the same line again goes on from there, also after kill -9. Under torchrun send signals to the ranks, or to torchrun with
+TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1; torchrun itself then exits with 1.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # before torch is imported, so that Ctrl-C in those seconds leaves no traceback
+    from parts.launch import quiet_ctrl_c
+
+    quiet_ctrl_c()
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import platform
+import secrets
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from gpt_train import GPT, SIZES, Block, GPTConfig, continuations, count_parameters, flops_per_token, pick_device, plot_losses
+from parts import checkpoint
+from parts.batches import Prefetch, TrainBatches, stir, val_batches
+from parts.config import parse
+from parts.launch import StopRequest, error_line, run_script
+from parts.meter import Journal, Speed, memory_gib, peak_flops, read_metrics
+from parts.optim import Optimizer, learning_rate, predicted_state_bytes
+from parts.parallel import Parallel, attention_kernel, choose_dtype, why_no_compiler
+from parts.shards import Shards, content_hash, read_index
+from parts.tokenizers import Tokenizer, gpt2_tokenizer
+from prep_dataset import SmollmConfig, prepare_tokens
+
+# ------------------------------------------------------------------------------------------------ configuration
+
+
+@dataclass
+class TrainConfig:
+    """Pretrain a GPT on token shards; go on exactly where an earlier attempt ended."""
+
+    config: str | None = None  # YAML file of these settings, which stand under those of the line
+    # data
+    dataset_name: str = "HuggingFaceTB/smollm-corpus"  # name on the hub, path of a folder or file, or a folder of token shards
+    dataset_subset: str | None = None  # such as cosmopedia-v2:0.7,fineweb-edu-dedup:0.3; None: cosmopedia-v2 of smollm-corpus, else all
+    text_field: str | None = None  # column with the text; None: text, else content
+    tokenizer: str = "gpt2"  # gpt2, bpe, bpe:8192, bytes, or a tokenizer.json
+    cache_dir: str = "token_cache"  # where token shards are kept
+    max_documents: int | None = None  # stop after that many documents; None: all
+    val_share: float = 0.01  # share of the documents that is held out for validation, by their hash
+    streaming: bool = True  # read from the hub as it goes; otherwise download the whole subset first
+    # length and batches
+    n_epochs: float | None = None  # passes over the text; None: 1, unless max_steps is given
+    max_steps: int | None = None  # optimizer steps; the run ends here or at n_epochs, whichever is first
+    batch_size: int = 32  # rows per micro-batch on each rank
+    grad_accum_steps: int = 1  # micro-batches per step on each rank
+    # model
+    model_size: str = "124M"  # nano, micro, mini, small, 124M, 355M, 774M or 1558M
+    n_layer: int | None = None  # blocks; None: as the size has it
+    n_head: int | None = None  # attention heads per block; None: as the size has it
+    n_embd: int | None = None  # width; None: as the size has it
+    context_length: int = 1024  # tokens the model can see at once
+    dropout: float = 0.0  # share of activations zeroed while training
+    # optimisation
+    max_lr: float = 5e-4  # learning rate after the warmup
+    min_lr: float | None = None  # learning rate at the end; None: a tenth of max_lr
+    warmup_steps: int | None = None  # steps until max_lr is reached; None: a tenth of the run, 2000 at most
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # from max_lr to min_lr
+    weight_decay: float = 0.1  # on matrices only
+    max_grad_norm: float = 1.0  # clip the global norm of the gradient; 0: do not
+    optimizer: Literal["adamw", "galore", "galore8bit", "muon"] = "adamw"  # all but adamw: for the matrices of the blocks
+    galore_rank: int = 128  # rank of GaLore's subspace
+    galore_update_gap: int = 200  # steps between two choices of the subspace
+    galore_scale: float = 0.25  # GaLore's update is multiplied by this
+    # how often
+    eval_freq: int = 500  # steps between two evaluations of the whole validation text
+    eval_tokens: int | None = None  # evaluate on the first that many tokens of it, always the same; None: all
+    print_sample_iter: int = 500  # steps between two samples
+    save_ckpt_freq: int = 1000  # steps between two checkpoints
+    save_ckpt_minutes: float = 10.0  # minutes between two checkpoints; whichever comes first
+    keep_last: int = 3  # newest checkpoints to keep, besides the best
+    max_minutes: float | None = None  # stop after that many minutes, save and exit with 75
+    # going on
+    resume: str = "auto"  # auto: go on if the run folder has checkpoints; never: begin anew; or a path
+    allow_change: str = ""  # settings that may differ from the resumed run's, such as max_lr,max_steps
+    # machine
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    parallel: Literal["auto", "none", "ddp"] = "auto"  # auto: ddp where torchrun started several processes
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of the products; weights and sums are fp32 always
+    compile: bool = False  # torch.compile each block
+    activation_checkpointing: bool = False  # recompute the blocks in the backward pass: less memory, a third more time
+    deterministic: bool = False  # same bits in every run on a GPU too, at some cost; on a CPU they are anyway
+    # telling
+    run_name: str = "advanced"  # name of the run
+    output_dir: str | None = None  # run folder; None: runs/RUN_NAME
+    log_exact: bool = False  # print each loss as an exact hexadecimal number
+    use_wandb: bool = False  # mirror the metrics to wandb, offline where no key is at hand
+    wandb_project: str = "pretraining"  # wandb's project
+    tensorboard: bool = False  # mirror the metrics to TensorBoard
+    seed: int = 123  # same seed, same run
+    debug: bool = False  # show the traceback of an error
+
+
+# May differ when a run is resumed: they change neither data nor arithmetic. batch_size and grad_accum_steps are compared as rows per step.
+FREE = """config cache_dir streaming batch_size grad_accum_steps n_epochs eval_freq eval_tokens print_sample_iter save_ckpt_freq
+save_ckpt_minutes keep_last max_minutes resume allow_change device parallel compile activation_checkpointing deterministic run_name
+output_dir log_exact use_wandb wandb_project tensorboard debug model_size""".split()
+DATA = ("dataset_name", "dataset_subset", "text_field", "tokenizer", "max_documents", "val_share")  # compared by what they lead to
+MAY_BE_ZERO = ("min_lr", "warmup_steps", "weight_decay", "max_grad_norm", "dropout", "seed")
+
+
+@dataclass
+class Job:
+    """What to train: everything that `train` does not know by itself. A recipe hands over one of these."""
+
+    model: torch.nn.Module  # plain, on the CPU
+    train_batches: TrainBatches  # endless micro-batches; share(), state_dict(), load_state_dict()
+    val_batches: Callable  # () -> a fresh pass over the same batches, on every rank alike
+    loss_fn: Callable  # (model, batch) -> fp32 sum of the loss over the targets that are not -100
+    blocks: tuple  # classes: units of compile and activation checkpointing, and whose matrices GaLore and Muon take
+    flops_per_token: int  # forward and backward
+    facts: dict  # JSON values that a resumed run must share, {name: value}; "model_config" among them
+    files: dict = field(default_factory=dict)  # file name -> bytes, kept in each checkpoint
+    token_bytes: object = None  # (V,) bytes of text behind each id, for bits per byte
+    sample: Callable | None = None  # (model, device, should_stop) -> text
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse values that cannot be. Raises ValueError."""
+    for name, value in asdict(config).items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if not (0 if name in MAY_BE_ZERO else 1e-300) <= value < math.inf or (name == "dropout" and value >= 1):
+            raise ValueError(f"--{name}: {value} is out of range; give a positive number")
+    if config.seed >= 2**32:
+        raise ValueError(f"--seed: {config.seed} does not fit into 32 bits")
+    names = [name for name in config.allow_change.split(",") if name]
+    if wrong := [name for name in names if name not in TrainConfig.__dataclass_fields__]:
+        raise ValueError(f"--allow_change: {', '.join(wrong)}: no such setting; write --allow_change max_lr,max_steps")
+
+
+def gpt_job(config: TrainConfig) -> Job:
+    """
+    A GPT and the token shards that the configuration names, built if they are not there yet.
+
+    Raises ValueError or FileNotFoundError for data or sizes that cannot be used.
+    """
+    GPTConfig.of_size(config.model_size)  # a wrong size is told before hours of tokenising
+    settings = {name: getattr(config, name) for name in (*DATA, "cache_dir", "streaming")}
+    folder = prepare_tokens(SmollmConfig(**settings))
+    index = read_index(folder)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json") if index["tokenizer"] else _tokenizer_of_published(config)
+    train, val = Shards(folder, "train", index), Shards(folder, "val", index)
+    if len(val) < 2:
+        raise ValueError(
+            f"{folder}: no document fell into the validation part; raise --val_share {config.val_share:g}, or give more documents"
+        )
+    shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd") if getattr(config, name)}
+    T, V = config.context_length, tokenizer.vocab_size
+    model_config = GPTConfig.of_size(config.model_size, vocab_size=V, block_size=T, dropout=config.dropout, **shape)
+    torch.manual_seed(config.seed)
+
+    def sample(model, device, should_stop) -> str:
+        options = {"temperature": 0.8, "top_k": 50, "seed": 0, "should_stop": should_stop}
+        return continuations(model, tokenizer, device, "", 1, 80, **options)[0]
+
+    return Job(
+        model=GPT(model_config),
+        train_batches=TrainBatches(train, T, config.seed, V),
+        val_batches=lambda: val_batches(val, T, config.batch_size, V, config.eval_tokens),
+        loss_fn=lambda model, batch: model(batch["inputs"], batch["targets"]),
+        blocks=(Block,),
+        flops_per_token=flops_per_token(model_config),
+        facts={"model_config": asdict(model_config), "data": content_hash(index), "tokenizer": tokenizer.fingerprint},
+        files={"tokenizer.json": tokenizer.to_json()},
+        token_bytes=tokenizer.token_bytes(),
+        sample=sample,
+    )
+
+
+def _tokenizer_of_published(config: TrainConfig) -> Tokenizer:
+    """Published shards carry no tokenizer: GPT-2's, unless --tokenizer names a file."""
+    try:
+        return gpt2_tokenizer() if config.tokenizer == "gpt2" else Tokenizer.load(config.tokenizer)
+    except OSError as e:
+        raise ValueError(f"--tokenizer {config.tokenizer}: {error_line(e)}; give a tokenizer.json, or set TIKTOKEN_CACHE_DIR") from e
+
+
+# --------------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def evaluate(job: Job, parallel: Parallel, stop=lambda: False) -> dict | None:
+    """
+    {"val_loss", "val_perplexity", "val_tokens", "val_bits_per_byte"} of the whole validation text, the same bits on any
+    number of ranks: each batch is computed by one of them, and the sums are added in the order of the text.
+
+    None where `stop` became true on any rank. Dropout is off, and the model is left as it was.
+    """
+    was_training, sums, n_targets, n_bytes, stopped = job.model.training, [], 0, 0, False
+    job.model.eval()
+    for i, batch in enumerate(job.val_batches()):
+        targets = batch["targets"][batch["targets"] != -100]
+        n_targets += len(targets)
+        n_bytes += int(job.token_bytes[targets.numpy()].sum()) if job.token_bytes is not None else 0
+        sums.append(0.0)
+        if i % parallel.world == parallel.rank:
+            with parallel.autocast():
+                sums[-1] = job.loss_fn(job.model, {k: v.to(parallel.device) for k, v in batch.items()}).item()
+        if i % parallel.world == parallel.world - 1 and parallel.all_sum([float(bool(stop()))])[0]:
+            stopped = True
+            break
+    job.model.train(was_training)
+    if stopped:
+        return None
+    loss = sum(parallel.all_sum(sums)) / max(n_targets, 1)
+    result = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0)), "val_tokens": n_targets}
+    if n_bytes:
+        result["val_bits_per_byte"] = loss * n_targets / math.log(2) / n_bytes
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------ the loop
+
+
+def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
+    """
+    Train the job to its last step; returns the exit code: 0 finished, 75 or 130 stopped on request after saving.
+
+    Raises ValueError where the run folder or the checkpoint does not fit (nothing was touched then), RuntimeError where
+    the run failed.
+    """
+    began = time.monotonic()
+    run_dir, master = Path(config.output_dir), parallel.rank == 0
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        with parallel.agree():
+            found = None
+            if master:
+                stack.enter_context(_claim(run_dir, config))
+                found = find_checkpoint(config, run_dir)
+                state, weights, optimizer_tensors = read_checkpoint(found, config, job, parallel.world) if found else ({}, {}, {})
+        # only rank 0 needs to see the disk
+        state, tensors = parallel.share(state if master else None, {**weights, **optimizer_tensors} if master else None)
+        with parallel.agree():
+            rows_per_step, accum = share_out(config, state, job, parallel)
+            max_steps = config.max_steps
+            if config.compile and (why := why_no_compiler(parallel.device)):
+                say(f"--compile is off: no compiler works here ({why})", parallel)
+                config.compile = False
+
+        def make_optimizer(model):
+            galore = (config.galore_rank, config.galore_update_gap, config.galore_scale)
+            return Optimizer(model, job.blocks, config.optimizer, config.weight_decay, parallel.device, *galore)
+
+        with parallel.agree():
+            if state:
+                job.model.load_state_dict({name: tensors.pop(name) for name in job.model.state_dict()})
+            wrap = (config.activation_checkpointing, config.compile)
+            model, optimizer = parallel.prepare(job.model, job.blocks, make_optimizer, *wrap)
+            if state:
+                optimizer.load_state_dict(tensors, state["optimizer_numbers"])
+                job.train_batches.load_state_dict(state["data_cursor"])
+                parallel.loss_scale = state["loss_scale"]
+            if master:
+                enough_disk(run_dir, config, job)
+        step, tokens, best = state.get("step", 0), state.get("tokens", 0), state.get("best")
+        if state:
+            say(f"resumed from step {step} ({found})" if master else "", parallel)
+        tell_what_runs(job, config, parallel, rows_per_step, accum)
+
+        journal = sampled = None
+        if master:
+            wandb_id = start_run(run_dir, job, config, parallel)
+            sampled = trim_samples(run_dir / "samples.txt", step)
+            wandb = {
+                "project": config.wandb_project,
+                "name": config.run_name,
+                "run_id": wandb_id,
+                "config": asdict(config),
+                "folder": run_dir,
+            }
+            mirrors = {"tensorboard": config.tensorboard, "wandb": wandb if config.use_wandb else None}
+            journal = Journal(run_dir, step, checkpoint.append_lines, **mirrors)
+            stack.callback(journal.close)
+        record = parallel.share(journal.last if master else None, {})[0]  # of the step that we stand at, perhaps not complete
+        saved, saved_at, plotted_at = (step, time.monotonic(), time.monotonic()) if state else (None, time.monotonic(), time.monotonic())
+        stopping = save_now = failed = False
+        batches = Prefetch(job.train_batches, parallel.device)
+        stack.callback(batches.close)
+        feed, speed = iter(batches), Speed(job.flops_per_token, peak_flops(parallel.device, parallel.dtype))
+        quiet = not master or config.log_exact
+        bar = stack.enter_context(tqdm(total=max_steps, initial=step, unit="step", disable=quiet, mininterval=_bar_interval()))
+        if step == max_steps:
+            say(f"{run_dir}: already finished at step {step}", parallel)
+
+        while True:
+            last = step == max_steps
+            if not stopping and (step % config.eval_freq == 0 or last) and "val_loss" not in record:
+                result = evaluate(job, parallel, lambda: stop)
+                stopping = result is None
+                record |= result or {}
+                if result:
+                    bits = f", {result['val_bits_per_byte']:.3f} bits per byte" if "val_bits_per_byte" in result else ""
+                    say(f"step {step}: validation loss {result['val_loss']:.4f}{bits}", parallel)
+            if master and job.sample and not stop and not stopping and (step % config.print_sample_iter == 0 or last) and sampled != step:
+                sample(job, run_dir, step, parallel, stop)
+            if master:
+                journal.write(record)
+            due = step % config.save_ckpt_freq == 0 or last or stopping or save_now
+            if due and step and saved != step:
+                if "val_loss" in record and (best is None or record["val_loss"] < best["val_loss"]):
+                    best = {"step": step, "val_loss": record["val_loss"]}
+                if master:
+                    journal.flush()
+                    failed = not save(job, optimizer, config, parallel, run_dir, step, state | {"best": best, "wandb_id": wandb_id})
+                saved, saved_at, save_now = step, time.monotonic(), False
+            if master and (last or stopping or time.monotonic() - plotted_at > 600):
+                journal.flush()
+                plot(run_dir, job)
+                plotted_at = time.monotonic()
+            if last or stopping:
+                break
+
+            # one step: the same rows whatever the number of ranks, one division by the targets of all of them
+            speed.start()
+            micro_batches = list(itertools.islice(feed, accum))  # [(batch, targets in it, place behind it)]
+            n_targets = max(1.0, parallel.all_sum([sum(n for _, n, _ in micro_batches)])[0])
+            lr = learning_rate(step, config.schedule, config.max_lr, config.min_lr, config.warmup_steps, max_steps)
+            optimizer.set_lr(lr)
+            total = torch.zeros((), device=parallel.device)
+            for j, (batch, _, _) in enumerate(micro_batches):
+                torch.manual_seed(stir(config.seed, step, j * parallel.world + parallel.rank))  # dropout and masks
+                with parallel.sync(model, last=j == accum - 1):
+                    with parallel.autocast():
+                        loss = job.loss_fn(model, batch)
+                    parallel.backward(loss * (parallel.world / n_targets))
+                total += loss.detach()
+            if config.use_wandb and master and (step + 1) % config.eval_freq == 0:
+                journal.histograms(step + 1, job.model)
+            grad_norm = parallel.step(optimizer, config.max_grad_norm)
+            step += 1
+            tokens += int(n_targets)
+            state = {"step": step, "tokens": tokens, "data_cursor": micro_batches[-1][2], "rows_per_step": rows_per_step}
+            minutes = (time.monotonic() - began) / 60
+            out_of_time = master and config.max_minutes is not None and minutes > config.max_minutes
+            save_due = master and (time.monotonic() - saved_at) / 60 > config.save_ckpt_minutes
+            loss, stopping, save_now = parallel.all_sum([total.item(), float(bool(stop) or out_of_time), float(save_due)])
+            loss, stopping, save_now = loss / n_targets, stopping > 0, save_now > 0
+            figures = speed.stop(int(n_targets))
+            record = {"step": step, "tokens": tokens, "train_loss": loss, "lr": lr}
+            record |= {"grad_norm": grad_norm, **figures, "memory_gib": round(memory_gib(parallel.device), 3)}
+            if config.log_exact:
+                say(f"step {step} loss {loss.hex()}", parallel)
+            if not math.isfinite(grad_norm):
+                say(f"warning: step {step}: the gradient is {grad_norm}, the step is left out", parallel)
+            mfu = f", MFU {figures['mfu']:.1%}" if figures["mfu"] else ""
+            bar.set_postfix_str(f"loss {loss:.3f}, {figures['tokens_per_s']:,.0f} tokens/s{mfu}", refresh=False)
+            bar.update()
+
+    if failed:
+        raise OSError(f"{run_dir}: the last step could not be saved, see the warning above")
+    if stopping:
+        say(f"stopped at step {step}; the same line goes on from there", parallel)
+        return stop.exit_code or 75
+    say(f"finished at step {step}: {run_dir} has loss.png, samples.txt, metrics.jsonl, checkpoints/step_{step:06d}", parallel)
+    return 0
+
+
+def _bar_interval() -> float:
+    return 0.5 if sys.stderr.isatty() else 30
+
+
+def say(text: str, parallel: Parallel) -> None:
+    """One line for people, from one of the processes."""
+    if parallel.rank == 0 and text:
+        with tqdm.external_write_mode():
+            print(text, flush=True)
+
+
+def sample(job: Job, run_dir: Path, step: int, parallel: Parallel, stop) -> None:
+    """A sample into samples.txt; left out where a stop was asked for meanwhile, so that the next attempt makes it."""
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+    with eager:  # each length would be compiled anew
+        text = job.sample(job.model, parallel.device, lambda: bool(stop))
+    if not stop:
+        say(text.strip(), parallel)
+        checkpoint.append_lines(run_dir / "samples.txt", [f"--- step {step}\n{text}\n"])
+
+
+def plot(run_dir: Path, job: Job) -> None:
+    """loss.png from metrics.jsonl, of two thousand points at most."""
+    n = sum(1 for _ in read_metrics(run_dir))
+    rows = [r for i, r in enumerate(read_metrics(run_dir)) if i % (n // 2000 + 1) == 0 or "val_loss" in r]
+    curves = [[r.get(name) for r in rows] for name in ("step", "tokens", "train_loss", "val_loss")]
+    curves[1] = [t or 0 for t in curves[1]]
+    vocab_size = job.facts["model_config"].get("vocab_size")
+    try:
+        plot_losses(*curves, run_dir / "loss.png", uniform_loss=math.log(vocab_size) if vocab_size else None)
+    except (ImportError, OSError) as e:
+        print(f"warning: no loss.png: {error_line(e)}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints, resuming
+
+
+def save(job: Job, optimizer: Optimizer, config: TrainConfig, parallel: Parallel, run_dir: Path, step: int, state: dict) -> bool:
+    """Write a checkpoint; a disk that refuses is told and costs neither the run nor an older checkpoint. True if written."""
+    tensors, numbers = optimizer.state_dict()
+    files = {"model.safetensors": job.model.state_dict(), "optimizer.safetensors": tensors}
+    more = {"optimizer_numbers": numbers, "loss_scale": parallel.loss_scale, "config": asdict(config), **job.facts}
+    state = {"script": "pretraining_advanced.py", **state, **more}
+    keep = [state["best"]["step"]] if state["best"] else []
+    try:
+        checkpoint.save_checkpoint(run_dir, step, files, state, job.files, config.keep_last, keep)
+        return True
+    except OSError as e:
+        say(f"warning: step {step} is not saved: {error_line(e)}; free some space", parallel)
+        return False
+
+
+def _claim(run_dir: Path, config: TrainConfig):
+    """The run folder for this process alone, emptied of what an attempt that was killed left half done. Raises ValueError."""
+    from filelock import FileLock, Timeout
+
+    if run_dir.resolve() == Path.cwd():
+        raise ValueError(f"--output_dir: {run_dir} is the current folder; name another one for the run")
+    try:
+        if config.resume == "never" and (earlier := checkpoint.move_aside(run_dir)):
+            print(f"the earlier run is kept as {earlier}", flush=True)
+        created = not run_dir.exists()
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run_dir / ".lock")
+        lock.acquire(timeout=0)
+        for part in (*run_dir.glob("*.part"), *run_dir.glob("checkpoints/.step_*.part")):
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+    except Timeout as e:
+        raise ValueError(f"--output_dir: {run_dir} belongs to a run that is going on; wait for it, or choose another --run_name") from e
+    except OSError as e:
+        raise ValueError(f"--output_dir: {error_line(e)}; choose a folder that can be written") from e
+    return _released(lock, run_dir if created else None)
+
+
+@contextlib.contextmanager
+def _released(lock, created: Path | None):
+    """Give the lock back; a folder that was made for a run which then could not begin goes away."""
+    try:
+        yield
+    finally:
+        lock.release()
+        if created and not any(p.name != ".lock" for p in created.iterdir()):
+            shutil.rmtree(created, ignore_errors=True)
+
+
+def find_checkpoint(config: TrainConfig, run_dir: Path) -> Path | None:
+    """The checkpoint folder to go on from, None to begin. Raises FileNotFoundError or ValueError."""
+    own = checkpoint.list_checkpoints(run_dir)
+    if config.resume not in ("auto", "never"):
+        path = Path(config.resume)
+        if not path.exists():
+            raise FileNotFoundError(f"--resume: {path} does not exist; give a run folder or a checkpoint folder, or leave it out")
+        if not own or path.resolve().is_relative_to(run_dir.resolve()):
+            return checkpoint.newest_checkpoint(path)
+        print(f"{run_dir} has checkpoints of its own: going on from there, not from --resume {path}", flush=True)
+    return checkpoint.newest_checkpoint(run_dir) if own else None
+
+
+def read_checkpoint(folder: Path, config: TrainConfig, job: Job, world: int) -> tuple[dict, dict, dict]:
+    """(state, weights, optimizer tensors) of a verified checkpoint that fits this run. Raises ValueError listing what does not."""
+    weights, state = checkpoint.load_checkpoint(folder)
+    if state.get("script") != "pretraining_advanced.py":
+        raise ValueError(
+            f"{folder}: written by {state.get('script', 'something else')}, which keeps no optimizer state; choose another --run_name"
+        )
+    if checkpoint.step_of(folder) != state["step"] and folder.name.startswith("step_"):
+        raise ValueError(f"{folder}: holds step {state['step']}, its name says otherwise; it is damaged, use another checkpoint")
+    allowed, differs = config.allow_change.split(","), []
+    then, now = state["model_config"], job.facts["model_config"]
+    if fixed := [
+        f"{k} {then.get(k)} then, {now.get(k)} now" for k in sorted({*then, *now}) if then.get(k) != now.get(k) and k != "dropout"
+    ]:
+        raise ValueError(f"{folder}: is of another model ({'; '.join(fixed)}); give the same model flags, or another --run_name")
+    if state["tokenizer"] != job.facts["tokenizer"]:
+        raise ValueError(
+            f"{folder}: was trained with another --tokenizer, whose ids mean other text; give the same one, or another --run_name"
+        )
+    saved = state["config"]
+    if state["data"] != job.facts["data"]:
+        names = [name for name in DATA if saved.get(name) != getattr(config, name)] or ["dataset_name"]
+        differs += [f"{name} (other text)" for name in names if name not in allowed]
+    for name, value in asdict(config).items():
+        if name not in (*FREE, *DATA, *allowed) and name not in now and saved.get(name) != value:
+            differs.append(f"{name} {saved.get(name)} then, {value} now")
+    same_flags = all(saved[name] == getattr(config, name) for name in ("batch_size", "grad_accum_steps"))
+    rows = config.batch_size * config.grad_accum_steps * world
+    if rows != state["rows_per_step"] and not same_flags and not {"batch_size", "grad_accum_steps"} & set(allowed):
+        differs.append(f"rows per step {state['rows_per_step']} then, {rows} now (batch_size x grad_accum_steps x processes)")
+    if differs:
+        names = ",".join(text.split()[0] for text in differs).replace("rows", "batch_size")
+        raise ValueError(f"{folder}: other settings than now: {'; '.join(differs)}; give the same ones, or --allow_change {names}")
+    return state, weights, checkpoint.load_tensors(folder / "optimizer.safetensors")
+
+
+def share_out(config: TrainConfig, state: dict, job: Job, parallel: Parallel) -> tuple[int, int]:
+    """
+    (rows per step, micro-batches per step on this rank), set in job and config; a resumed run keeps its rows per step on
+    any number of processes. Raises ValueError where they cannot be dealt out evenly.
+    """
+    B, world = config.batch_size, parallel.world
+    rows_per_step, allowed = B * config.grad_accum_steps * world, config.allow_change.split(",")
+    if state and rows_per_step != state["rows_per_step"] and not {"batch_size", "grad_accum_steps"} & set(allowed):
+        rows_per_step = state["rows_per_step"]
+        if rows_per_step % (B * world):
+            what = f"the resumed run has {rows_per_step} rows per step, which {world} processes with --batch_size {B} cannot share evenly"
+            raise ValueError(f"{what}; use another number of processes, or a --batch_size that divides {rows_per_step / world:g}")
+        say(f"{rows_per_step} rows per step as before: {rows_per_step // (B * world)} micro-batches on each of {world} processes", parallel)
+    batches = job.train_batches
+    batches.share(parallel.rank, world, B, rows_per_step)
+    return rows_per_step, rows_per_step // (B * world)
+
+
+def resolve_length(config: TrainConfig, job: Job, parallel: Parallel) -> None:
+    """Fill in max_steps, min_lr and warmup_steps where they are None. Raises ValueError where the text is too short."""
+    rows_per_step = config.batch_size * config.grad_accum_steps * parallel.world
+    if config.max_steps is None or config.n_epochs is not None:
+        n_windows = job.train_batches.n_windows
+        by_epochs = int((config.n_epochs or 1) * n_windows) // rows_per_step
+        if by_epochs == 0:
+            what = f"{n_windows} windows of {config.context_length} tokens are fewer than one step of {rows_per_step} rows"
+            raise ValueError(f"--dataset_name: {what}; give more text, or a smaller --batch_size or --context_length")
+        config.max_steps = min(by_epochs, config.max_steps or by_epochs)
+    if config.min_lr is None:
+        config.min_lr = config.max_lr / 10
+    if config.warmup_steps is None:
+        config.warmup_steps = min(2000, config.max_steps // 10)
+
+
+def enough_disk(run_dir: Path, config: TrainConfig, job: Job) -> None:
+    """Raises ValueError where the disk has no room for the checkpoints that will be kept and the one being written."""
+    weights = sum(p.nbytes for p in job.model.state_dict().values())
+    one = weights + predicted_state_bytes(job.model, job.blocks, config.optimizer, config.galore_rank)
+    there = sum(f.stat().st_size for f in run_dir.glob("checkpoints/step_*/*") if f.is_file())
+    need, free = one * (config.keep_last + 2) - there, shutil.disk_usage(run_dir).free
+    if need > free:
+        what = f"{config.keep_last + 2} checkpoints of {one / 1e9:.2f} GB need {need / 1e9:.2f} GB, the disk has {free / 1e9:.2f}"
+        raise ValueError(f"--output_dir: {run_dir}: {what}; free some space, lower --keep_last, or choose another folder")
+
+
+# ---------------------------------------------------------------------------------------------------- the run folder
+
+
+def start_run(run_dir: Path, job: Job, config: TrainConfig, parallel: Parallel) -> str:
+    """Write run.json; returns wandb's id of the run, which a resumed run keeps."""
+    path = run_dir / "run.json"
+    with contextlib.suppress(OSError, ValueError):
+        wandb_id = json.loads(path.read_text(encoding="utf-8")).get("wandb_id")
+    wandb_id = locals().get("wandb_id") or secrets.token_hex(4)
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    start = (
+        [Path(sys.executable).name] if parallel.world == 1 else ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    )
+    line = shlex.join([*start, *sys.argv])
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform()}
+    device = torch.cuda.get_device_name(parallel.device) if parallel.device.type == "cuda" else platform.processor() or platform.machine()
+    facts = {"config": asdict(config), **job.facts, "git_commit": git.stdout.strip() or None, "versions": versions, "device": device}
+    facts |= {"processes": parallel.world, "dtype": str(parallel.dtype).removeprefix("torch."), "launch": line, "folder": str(Path.cwd())}
+    facts |= {"resume": line, "wandb_id": wandb_id}
+    try:
+        checkpoint.write_file(path, json.dumps(facts, indent=1).encode())
+    except OSError as e:
+        raise ValueError(f"--output_dir: {error_line(e)}; choose a folder that can be written") from e
+    return wandb_id
+
+
+def trim_samples(path: Path, step: int) -> int | None:
+    """Take samples behind `step` out of samples.txt (an attempt that was killed made them); returns the step of the last one left."""
+    if not path.exists():
+        return None
+    sections = path.read_text(encoding="utf-8", errors="replace").split("--- step ")[1:]
+    numbered = [(int(first), text) for text in sections if (first := text.split("\n")[0]).isdecimal()]
+    kept = [(n, text) for n, text in numbered if n <= step]
+    if len(kept) < len(sections):
+        checkpoint.write_file(path, "".join(f"--- step {text}" for _, text in kept).encode())
+    return kept[-1][0] if kept else None
+
+
+def tell_what_runs(job: Job, config: TrainConfig, parallel: Parallel, rows_per_step: int, accum: int) -> None:
+    """A few lines about what was chosen, and why."""
+    c, batches = job.facts["model_config"], job.train_batches
+    dtype, why = choose_dtype(config.dtype, parallel.device)
+    say(f"{parallel.device}, {parallel.world} processes, {str(dtype).removeprefix('torch.')}: {why}", parallel)
+    n_parameters = sum(p.numel() for p in job.model.parameters())
+    rows = f"{rows_per_step} x {config.context_length} tokens, {accum} micro-batches of {config.batch_size} rows on each process"
+    say(f"{n_parameters:,} parameters, {config.max_steps:,} steps of {rows}; {batches.n_windows:,} windows in an epoch", parallel)
+    if "n_head" in c:
+        shape = (c["n_head"], c["n_embd"] // c["n_head"], config.context_length)
+        kernel = attention_kernel(*shape, parallel.device, dtype, config.dropout)
+        say(f"attention: {kernel}; compiled: {'each block' if config.compile else 'no'}", parallel)
+    if config.optimizer != "adamw":
+        mine, full = (predicted_state_bytes(job.model, job.blocks, kind, config.galore_rank) for kind in (config.optimizer, "adamw"))
+        note = " (moments in 8 bits need less still)" if config.optimizer == "galore8bit" else ""
+        say(f"{config.optimizer}: {mine:,} bytes of optimizer state, {mine / full:.3f} of AdamW's {full:,}{note}", parallel)
+
+
+def main(config: TrainConfig) -> int:
+    """Train a GPT; returns the exit code."""
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True")  # set for its bucket order, not for unused ones
+    check(config)
+    config.output_dir = config.output_dir or f"runs/{config.run_name}"
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if "LOCAL_RANK" in os.environ and config.device in ("auto", "cuda") and torch.cuda.is_available():
+        config.device = f"cuda:{local_rank}"
+    device = pick_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    dtype, _ = choose_dtype(config.dtype, device)
+    config.dtype = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    with Parallel(config.parallel, device, dtype) as parallel:
+        with parallel.agree():
+            job = gpt_job(config)
+            resolve_length(config, job, parallel)
+        return train(job, config, parallel)
+
+
+if __name__ == "__main__":
+    sizes = ", ".join(f"{name} {count_parameters(GPTConfig.of_size(name)) / 1e6:.0f}M" for name in SIZES) if "--help" in sys.argv else ""
+    run_script(lambda: main(parse(TrainConfig, notes=f"\n\nParameters with GPT-2's vocabulary: {sizes}" if sizes else "")))
