@@ -41,7 +41,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from gpt_train import GPT, SIZES, Block, GPTConfig, continuations, count_parameters, flops_per_token, pick_device, plot_losses
+from gpt_train import GPT, Block, GPTConfig, continuations, flops_per_token, pick_device, plot_losses
 from parts import checkpoint
 from parts.batches import Prefetch, TrainBatches, stir, val_batches
 from parts.config import parse
@@ -324,8 +324,10 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
                 if result:
                     bits = f", {result['val_bits_per_byte']:.3f} bits per byte" if "val_bits_per_byte" in result else ""
                     say(f"step {step}: validation loss {result['val_loss']:.4f}{bits}", parallel)
-            if master and job.sample and not stop and not stopping and (step % config.print_sample_iter == 0 or last) and sampled != step:
-                sample(job, run_dir, step, parallel, stop)
+            if not stopping and job.sample and (step % config.print_sample_iter == 0 or last):
+                if master and sampled != step and not stop:
+                    sample(job, run_dir, step, parallel, stop)
+                stopping = parallel.all_sum([float(bool(stop))])[0] > 0  # here, so that a sample left out is made after the resume
             if master:
                 journal.write(record)
             due = step % config.save_ckpt_freq == 0 or last or stopping or save_now
@@ -647,5 +649,4 @@ def main(config: TrainConfig) -> int:
 
 
 if __name__ == "__main__":
-    sizes = ", ".join(f"{name} {count_parameters(GPTConfig.of_size(name)) / 1e6:.0f}M" for name in SIZES) if "--help" in sys.argv else ""
-    run_script(lambda: main(parse(TrainConfig, notes=f"\n\nParameters with GPT-2's vocabulary: {sizes}" if sizes else "")))
+    run_script(lambda: main(parse(TrainConfig)))

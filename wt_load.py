@@ -3,9 +3,10 @@ Looking into checkpoints: are they whole, and which weights do they hold?
 
     python wt_load.py verify runs/advanced                              # the newest checkpoint of a run
     python wt_load.py verify runs/advanced/checkpoints/step_001000      # this one
+    python wt_load.py info runs/advanced                                # names, shapes and types of its weights
 
-Reads every file and compares it with the checkpoint's hashes; writes nothing. The last line is a hash of the weights
-alone: two runs with the same last line end with the same bits. Seconds per GB.
+Both read every file and compare it with the checkpoint's hashes, and write nothing. The last line of `verify` is a hash of
+the weights alone: two runs with the same last line end with the same bits. Seconds per GB.
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ class VerifyConfig:
     debug: bool = False  # show the traceback of an error
 
 
+@dataclass
+class InfoConfig(VerifyConfig):
+    """List the weights of a checkpoint, once it has been compared with its hashes."""
+
+
 def weights_hash(tensors: dict) -> str:
     """sha256 of named tensors: of names, types, shapes and bits, in the order of the names; no file format is part of it."""
     digest = hashlib.sha256()
@@ -45,7 +51,7 @@ def weights_hash(tensors: dict) -> str:
     return digest.hexdigest()
 
 
-def main(config: VerifyConfig) -> None:
+def main(config: VerifyConfig | InfoConfig) -> None:
     """Verify the checkpoint and print what it holds."""
     path = Path(config.path)
     if not path.exists():
@@ -54,8 +60,12 @@ def main(config: VerifyConfig) -> None:
     weights, state = load_checkpoint(folder)
     n_numbers = sum(t.numel() for t in weights.values())
     print(f"{folder}: whole; step {state.get('step')}, {len(weights)} tensors, {n_numbers:,} numbers")
-    print(weights_hash(weights))
+    if isinstance(config, InfoConfig):
+        for name, t in weights.items():
+            print(f"{str(t.dtype).removeprefix('torch.'):9} {' x '.join(map(str, t.shape)):16} {name}")
+    else:
+        print(weights_hash(weights))
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse({"verify": VerifyConfig})))
+    run_script(lambda: main(parse({"verify": VerifyConfig, "info": InfoConfig})))

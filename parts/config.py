@@ -34,7 +34,7 @@ def parse(config_class, argv=None, notes: str = ""):
         if argv and argv[0] not in config_class and not argv[0].startswith("-"):
             _refuse([f"{argv[0]!r}: no such command{_nearest(argv[0], list(config_class))}; there are {', '.join(config_class)}"])
         commands = [Annotated[c, tyro.conf.subcommand(name, prefix_name=False)] for name, c in config_class.items()]
-        # tyro takes a Union of one member for that member, without a command name
+        assert len(commands) > 1, "tyro takes a Union of one member for that member, without a command name"
         tyro_type = Union[tuple(commands)]  # noqa: UP007
         classes = config_class.values()
     else:

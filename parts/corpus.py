@@ -112,6 +112,7 @@ class Corpus:
 
         self.name, self.subset, self.text_field = name, subset, text_field
         parts = parse_subsets(subset)
+        self.limited = max_documents is not None
         streams = [self._open(part, streaming) for part, _ in parts]
         stream = streams[0]
         if len(streams) > 1:
@@ -137,15 +138,19 @@ class Corpus:
         else:
             with _as_one_line(str(files[0].parent)):
                 stream = datasets.load_dataset(_kind(files[0]), data_files=[str(p) for p in files], split="train", streaming=True)
+                stream = stream.reshard()  # row group by row group: Arrow otherwise reads a whole parquet file ahead
         where = f"{self.name}{f' ({subset})' if subset else ''}"
         with _as_one_line(where):
-            columns = stream.column_names or list(next(iter(stream), {}))
-        if not columns:
+            first = next(iter(stream), None)
+        if first is None:
             raise ValueError(f"{where}: holds no documents")
+        columns = stream.column_names or list(first)
         field = self.text_field or next((f for f in ("text", "content") if f in columns), None)
         if field not in columns:
             what = f"no column {field!r}" if field else "neither a column 'text' nor 'content'"
             raise ValueError(f"{where}: has {what}; its columns are {', '.join(columns)}; name the one with the text by --text_field")
+        if not isinstance(first.get(field), str | None):
+            raise ValueError(f"{where}: column {field!r} holds {type(first[field]).__name__}, not text; name another by --text_field")
         stream = stream.select_columns([field])
         return stream if field == "text" else stream.rename_column(field, "text")
 
@@ -160,10 +165,12 @@ class Corpus:
             stream = datasets.load_dataset(self.name, subset, split="train", streaming=streaming, revision=revision)
         except ValueError as e:  # unknown subset: the library lists those that are there
             raise ValueError(f"--dataset_subset: {subset!r} of {self.name}: {e}") from e
-        except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as e:
+        except Exception as e:  # noqa: BLE001  the hub's client raises errors of whatever http library it uses
             why = " ".join(str(e).split())[:150]
             raise ValueError(f"--dataset_name: {self.name} is no path here, and the hub gives nothing ({why}); {way_out}") from e
-        return stream if streaming else stream.to_iterable_dataset(num_shards=64)
+        if not streaming:
+            return stream.to_iterable_dataset(num_shards=64)
+        return stream if self.limited else stream.reshard()  # which asks for the end of every file: too slow for a first look
 
     def chunks(self, state):
         """Lists of rows {"text"} or {"text", "starts", "ends"} with the state behind them, from the beginning or an earlier state."""
@@ -174,7 +181,7 @@ class Corpus:
             for row in self.stream:
                 text = row["text"]
                 if text is not None and not isinstance(text, str):
-                    raise ValueError(f"{self.name}: the column with the text holds {type(text).__name__}; name another by --text_field")
+                    raise ValueError(f"{self.name}: a document is {type(text).__name__}, not text; name another column by --text_field")
                 if text and (text.strip() or "ends" in row):
                     rows.append(row)
                     n_chars += len(text)

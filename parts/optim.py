@@ -10,6 +10,7 @@ Which parameters are treated how: weight decay on matrices only, AdamW, GaLore o
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 
@@ -147,7 +148,7 @@ def _galore(kind: str, device):
         import galore_torch  # here: it brings transformers and bitsandbytes, which cost seconds
     except ImportError as e:
         raise ValueError(f"--optimizer {kind}: needs the package galore-torch ({e}); pip install galore-torch") from e
-    return galore_torch.GaLoreAdamW8bit if kind == "galore8bit" else galore_torch.GaLoreAdamW
+    return galore_torch.GaLoreAdamW8bit if kind == "galore8bit" else partial(galore_torch.GaLoreAdamW, no_deprecation_warning=True)
 
 
 def predicted_state_bytes(model, blocks, kind: str, galore_rank: int = 128) -> int:

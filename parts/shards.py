@@ -158,7 +158,9 @@ def build(target, tokenizer, chunks, tokenise, facts: dict, n_threads: int, prog
         except BaseException as e:
             if isinstance(e, OSError) and e.strerror and not e.filename:  # a failed write does not say where
                 e.filename = str(part)
-            if not isinstance(e, OSError):
+            if isinstance(e, ValueError):  # bad data: nothing to go on from
+                shutil.rmtree(part, ignore_errors=True)
+            elif not isinstance(e, OSError):
                 _write_note(part, tokenizer.fingerprint, last, writers)
             raise
         finally:

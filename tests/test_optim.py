@@ -1,0 +1,150 @@
+"""Learning rates are their closed form, decay is on matrices only, GaLore is really small, Muon takes q, k and v apart."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from gpt_train import GPT, Block, GPTConfig
+from parts.optim import Optimizer, learning_rate, predicted_state_bytes
+
+CPU = torch.device("cpu")
+KINDS = ["adamw", "galore", "muon"]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "middle", "last"),
+    [("cosine", 0.1 + 0.9 / 2, 0.1), ("linear", 0.1 + 0.9 / 2, 0.1), ("constant", 1.0, 1.0), ("wsd", 1.0, 0.1)],
+)
+def test_the_learning_rate_is_the_closed_form(schedule, middle, last):
+    def lr(step):
+        return learning_rate(step, schedule, max_lr=1.0, min_lr=0.1, warmup_steps=10, max_steps=111)
+
+    assert lr(0) == pytest.approx(0.1) and lr(4) == pytest.approx(0.5)  # (step + 1) / warmup
+    assert lr(9) == lr(10) == 1.0
+    assert lr(60) == pytest.approx(middle)  # half way from 10 to 110
+    assert lr(110) == pytest.approx(last)
+    if schedule == "cosine":
+        assert lr(35) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
+    if schedule == "wsd":
+        assert lr(87) == 1.0 and lr(99) == pytest.approx(1 - 0.9 / 2, abs=0.03)  # falls over the last fifth
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 1), (5, 5), (10, 5), (0, 2), (4, 5)])
+def test_a_warmup_as_long_as_the_run_does_not_divide_by_zero(schedule, warmup, steps):
+    rates = [learning_rate(s, schedule, 1.0, 0.1, warmup, steps) for s in range(steps)]
+    assert all(0 < r <= 1 for r in rates)
+
+
+def small(n_embd=32):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(vocab_size=50, block_size=16, n_layer=2, n_head=2, n_embd=n_embd))
+
+
+def one_step(model, optimizer, seed):
+    ids = torch.randint(0, 50, (4, 16), generator=torch.Generator().manual_seed(seed))
+    model(ids, ids).backward()
+    optimizer.set_lr(1e-3)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_adamw_is_torch_s_with_decay_on_matrices_only():
+    model, twin = small(), small()
+    ours = Optimizer(model, (Block,), "adamw", 0.1, CPU)
+    groups = [
+        {"params": [p for p in twin.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in twin.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    theirs = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
+    for step in range(3):
+        one_step(model, ours, step)
+        ids = torch.randint(0, 50, (4, 16), generator=torch.Generator().manual_seed(step))
+        twin(ids, ids).backward()
+        theirs.step()
+        theirs.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_goes_to_plain_tensors_and_back_to_the_same_bits(kind):
+    options = {"galore_rank": 4, "galore_update_gap": 3}
+    model = small()
+    optimizer = Optimizer(model, (Block,), kind, 0.1, CPU, **options)
+    for step in range(4):
+        one_step(model, optimizer, step)
+    tensors, numbers = copy.deepcopy(optimizer.state_dict())
+    assert all(torch.is_tensor(t) for t in tensors.values()) and all(isinstance(n, int | float) for n in numbers.values())
+    twin = small()
+    twin.load_state_dict(model.state_dict())
+    other = Optimizer(twin, (Block,), kind, 0.1, CPU, **options)
+    other.load_state_dict(tensors, numbers)
+    for step in range(4, 8):
+        one_step(model, optimizer, step)
+        one_step(twin, other, step)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    with pytest.raises(ValueError, match=r"h\.9"):
+        other.load_state_dict({"h.9.weight|exp_avg": torch.zeros(1)}, {})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_predicted_bytes_are_the_bytes(kind):
+    model = small(64)
+    optimizer = Optimizer(model, (Block,), kind, 0.1, CPU, galore_rank=4)
+    for step in range(2):
+        one_step(model, optimizer, step)
+    assert optimizer.state_bytes() == predicted_state_bytes(model, (Block,), kind, 4)
+    held = sum(t.untyped_storage().nbytes() for key, t in optimizer.state_dict()[0].items() if not key.endswith("|step"))
+    assert held == optimizer.state_bytes(), "a view keeps more memory than it shows"
+
+
+def test_galore_of_rank_128_on_the_124m_shape():
+    """One block of GPT-2's, with real state; what is outside of the blocks is the same for both and added by its shape."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=64, block_size=16, n_layer=1, n_head=12, n_embd=768))
+    sizes = {}
+    for kind in ("adamw", "galore"):
+        optimizer = Optimizer(model, (Block,), kind, 0.1, CPU, galore_rank=128)
+        ids = torch.randint(0, 64, (2, 16))
+        model(ids, ids).backward()
+        optimizer.set_lr(1e-4)
+        optimizer.step()
+        optimizer.zero_grad()
+        sizes[kind] = optimizer.state_bytes()
+        assert sizes[kind] == predicted_state_bytes(model, (Block,), kind, 128)
+    with torch.device("meta"):
+        whole = GPT(GPTConfig())
+    ratio = predicted_state_bytes(whole, (Block,), "galore", 128) / predicted_state_bytes(whole, (Block,), "adamw")
+    outside = 2 * 4 * (50257 + 1024) * 768 + 2 * 4 * 2 * 768
+    of_a_block = {kind: size - 2 * 4 * ((64 + 16) * 768 + 2 * 768) for kind, size in sizes.items()}
+    measured = (outside + 12 * of_a_block["galore"]) / (outside + 12 * of_a_block["adamw"])
+    assert measured == pytest.approx(ratio) and 0.4 < ratio < 0.5
+    print(f"GaLore rank 128 on 124M: {ratio:.4f} of AdamW's optimizer state")
+
+
+def test_galore_updates_have_the_rank_they_promise():
+    model = small(64)
+    before = model.h[0].mlp.c_fc.weight.detach().clone()
+    one_step(model, Optimizer(model, (Block,), "galore", 0.0, CPU, galore_rank=4), 0)
+    assert torch.linalg.matrix_rank(model.h[0].mlp.c_fc.weight.detach() - before, atol=1e-7) == 4
+
+
+def test_muon_orthogonalises_query_key_and_value_apart():
+    model, twin = small(), small()
+    one_step(model, Optimizer(model, (Block,), "muon", 0.0, CPU), 0)
+    ids = torch.randint(0, 50, (4, 16), generator=torch.Generator().manual_seed(0))
+    twin(ids, ids).backward()
+    weight = twin.h[0].attn.c_attn.weight
+    for i in range(3):
+        rows = slice(32 * i, 32 * i + 32)
+        alone = torch.nn.Parameter(weight.detach()[rows].clone())
+        alone.grad = weight.grad[rows].clone()
+        torch.optim.Muon([alone], lr=1e-3, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()
+        assert torch.equal(model.h[0].attn.c_attn.weight[rows], alone)
+
+
+def test_galore_8bit_is_refused_without_cuda():
+    with pytest.raises(ValueError, match="galore8bit: needs CUDA"):
+        Optimizer(small(), (Block,), "galore8bit", 0.1, CPU)
