@@ -482,8 +482,9 @@ def find_checkpoint(config: TrainConfig, run_dir: Path) -> Path | None:
         path = Path(config.resume)
         if not path.exists():
             raise FileNotFoundError(f"--resume: {path} does not exist; give a run folder or a checkpoint folder, or leave it out")
+        wanted = checkpoint.newest_checkpoint(path)
         if not own or path.resolve().is_relative_to(run_dir.resolve()):
-            return checkpoint.newest_checkpoint(path)
+            return wanted
         print(f"{run_dir} has checkpoints of its own: going on from there, not from --resume {path}", flush=True)
     return checkpoint.newest_checkpoint(run_dir) if own else None
 

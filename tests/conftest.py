@@ -13,6 +13,10 @@ SHARED = ROOT.parent / "shared"
 GPT2_CACHE = SHARED / "data/gpt2/tiktoken_cache"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--nightly", action="store_true", help="thirty faults of each kind instead of three")
+
+
 def shared(path: str) -> Path:
     """A file or folder of the test data; skips the test, naming it, where it is absent."""
     if not (SHARED / path).exists():

@@ -1,0 +1,75 @@
+"""
+The fault harness on the production trainer: killed at any instant it ends with the bits of the run left alone.
+
+    python -m pytest tests/faults                 # three faults of each kind
+    python -m pytest tests/faults --nightly       # thirty
+
+The hash compared is that of weights, optimizer state, every logged loss and the samples (hash_run.py). The harness is not
+part of the project; without it these tests skip.
+"""
+
+import sys
+
+import pytest
+from conftest import ROOT, SHARED
+
+TARGETS = ("none", "ddp", "galore", "muon")
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def bench(request, tmp_path_factory):
+    """The harness on one target, with its reference run."""
+    if not (SHARED / "faults/faultlib.py").exists():
+        pytest.skip("needs ../shared/faults")
+    sys.path.insert(0, str(SHARED / "faults"))
+    try:
+        import faultlib
+    finally:
+        sys.path.pop(0)
+    target = faultlib.Target.load(ROOT / f"tests/faults/{request.param}.toml")
+    target.env["PYTHONPATH"] = f"{SHARED / 'faults/inject'}:{ROOT}"
+    bench = faultlib.Bench(target, seed=20, root=tmp_path_factory.mktemp(request.param))
+    report = bench.baseline()
+    assert not report.problems, str(report)
+    yield bench
+    bench.close()
+
+
+@pytest.fixture
+def n(request) -> int:
+    return 30 if request.config.getoption("--nightly") else 3
+
+
+def check(report, forgiven=lambda problem: False) -> None:
+    print(report)
+    assert report.trials, "; ".join(report.notes)
+    assert not [p for p in report.problems if not forgiven(p)], str(report)
+
+
+def test_kill(bench, n):
+    check(bench.kill(n))
+
+
+def test_kill_before_file_events(bench, n):
+    check(bench.every_event(limit=n))
+
+
+def test_signals(bench, n):
+    if bench.t.name != "ddp":
+        check(bench.signals(n))
+        return
+    # to the ranks: torchrun itself looks every tenth of a second only, in which these ranks do ten steps. It then reports
+    # that they ended, with a traceback of its own, whose last line is a ruler.
+    check(bench.signals(n, scope="child"), forgiven=lambda p: p.endswith("traceback: " + "=" * 60))
+
+
+@pytest.mark.parametrize("bench", ["none"], indirect=True)
+@pytest.mark.parametrize("suite", ["mutate", "mutate_cache", "stale_cache", "concurrent"])
+def test_damaged_and_shared_files(bench, suite, n):
+    check(getattr(bench, suite)(**({"n": 4 * n} if suite.startswith("mutate") else {})))
+
+
+@pytest.mark.parametrize("bench", ["ddp"], indirect=True)
+@pytest.mark.parametrize("suite", ["ranks", "world"])
+def test_many_processes(bench, suite, n):
+    check(getattr(bench, suite)(n=max(1, n // 3)))

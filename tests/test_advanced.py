@@ -1,0 +1,461 @@
+"""The production trainer: any arrangement of the same rows trains the same model, and what cannot be is told in one line."""
+
+import contextlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, one_error_line, run
+
+from parts.checkpoint import load_tensors, newest_checkpoint, verify_checkpoint
+from wt_load import weights_hash
+
+WORDS = "the old man and a small dog went down to the sea where ships of every kind lay still in the light".split()
+SMALL = {
+    "tokenizer": "bytes", "val_share": 0.05, "model_size": "nano", "context_length": 32, "batch_size": 1, "max_steps": 20, "max_lr": 3e-3,
+    "eval_freq": 10, "print_sample_iter": 100, "save_ckpt_freq": 100, "device": "cpu", "dtype": "fp32",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a corpus in `data`; its token cache is made by the first run and shared by all."""
+    folder = tmp_path_factory.mktemp("advanced")
+    (folder / "data").mkdir()
+    texts = [f"{n}. " + " ".join(WORDS[(n * 5 + i * (n % 7 + 2)) % len(WORDS)] for i in range(60)) for n in range(400)]
+    (folder / "data/train.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+    return folder
+
+
+def flags(name, **settings) -> list[str]:
+    settings = {"dataset_name": "data", "run_name": name, **SMALL, **settings}
+    words = []
+    for key, value in settings.items():
+        words += [f"--{key}" if value else f"--no_{key}"] if isinstance(value, bool) else [f"--{key}", str(value)]
+    return words
+
+
+def command_line(name, world=1, **settings) -> list[str]:
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(world), "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    return [sys.executable, *(torchrun if world > 1 else []), str(ROOT / "pretraining_advanced.py"), *flags(name, **settings)]
+
+
+def environment(**more) -> dict:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
+
+
+def start(home, name, world=1, env=None, **settings) -> subprocess.CompletedProcess:
+    """The trainer, on `world` processes."""
+    line = command_line(name, world, **settings)
+    return subprocess.run(line, cwd=home, capture_output=True, text=True, timeout=180, env=environment(**(env or {})), check=False)
+
+
+@contextlib.contextmanager
+def running(home, name, until: str, world=1, **settings):
+    """The trainer once it has printed a line with `until`; ended by the caller."""
+    line = command_line(name, world, log_exact=True, **settings)
+    with subprocess.Popen(line, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+        if not any(until in line for line in process.stdout):
+            raise AssertionError(process.stderr.read())
+        yield process
+
+
+def ranks_of(process) -> dict[int, int]:
+    """rank -> process id, of the children of torchrun."""
+    found = {}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as stat, open(f"/proc/{pid}/environ", "rb") as environ:
+            rank = re.search(rb"\0RANK=(\d+)\0", environ.read())
+            if rank and int(stat.read().rsplit(")", 1)[1].split()[1]) == process.pid:
+                found[int(rank[1])] = int(pid)
+    return found
+
+
+def stop(home, name, step, world=1, **settings) -> None:
+    """Run it, and ask it politely to stop once it has done this step."""
+    with running(home, name, f"step {step} loss", world, **settings) as process:
+        for pid in ranks_of(process).values() if world > 1 else [process.pid]:
+            os.kill(pid, signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == (75 if world == 1 else 1), err[-2000:]
+
+
+def train(home, name, world=1, **settings):
+    result = start(home, name, world, **settings)
+    assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-3000:]
+    return home / "runs" / name
+
+
+def metrics(folder, key="train_loss") -> list:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [r["step"] for r in records] == list(range(records[-1]["step"] + 1))
+    return [r[key] for r in records if key in r]
+
+
+def tensors(folder, file="model.safetensors") -> dict:
+    return load_tensors(newest_checkpoint(folder) / file)
+
+
+# (ranks, accumulation, rows per micro-batch): eight rows a step, in every way
+GENTLE = {"max_grad_norm": 0, "max_lr": 3e-4}
+WAYS = [(1, 1, 8), (1, 2, 4), (1, 4, 2), (2, 1, 4), (2, 2, 2), (4, 1, 2), (4, 2, 1)]
+
+
+@pytest.fixture(scope="module")
+def one_batch(home):
+    """One big batch on one process: what every other arrangement must equal."""
+    return {steps: train(home, f"big{steps}", batch_size=8, max_steps=steps, **GENTLE) for steps in (1, 20)}
+
+
+@pytest.mark.parametrize(("world", "accumulation", "rows"), WAYS[1:])
+def test_ranks_and_accumulation_are_one_big_batch(home, one_batch, world, accumulation, rows):
+    settings = {"batch_size": rows, "grad_accum_steps": accumulation, **GENTLE}
+    name = f"ways{world}{accumulation}{rows}"
+    first = train(home, f"{name}first", world, max_steps=1, **settings)
+    ours, theirs = (tensors(f, "optimizer.safetensors") for f in (first, one_batch[1]))
+    for key in (key for key in theirs if key.endswith("|exp_avg")):  # after one step a tenth of the gradient
+        assert torch.allclose(10 * ours[key], 10 * theirs[key], atol=1e-6, rtol=1e-6), key
+    folder = train(home, name, world, **settings)
+    for a, b in zip(metrics(folder), metrics(one_batch[20]), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    assert metrics(folder, "val_tokens") == metrics(one_batch[20], "val_tokens")
+    key_bias = slice(64, 128)  # its true gradient is zero, so AdamW scales rounding noise
+    for key, weights in tensors(folder).items():
+        a, b = weights.clone(), tensors(one_batch[20])[key].clone()
+        if key.endswith("c_attn.bias"):
+            a[key_bias] = b[key_bias] = 0
+        assert torch.allclose(a, b, atol=1e-6), key
+
+
+def test_validation_is_the_same_bits_on_any_number_of_ranks(home):
+    settings = {"max_steps": 1, "eval_freq": 1, "batch_size": 2, "max_lr": 1e-20, "weight_decay": 0}  # so that the weights stay the same
+    figures = [metrics(train(home, f"val{world}", world, **settings), "val_loss") for world in (1, 2, 3)]
+    assert figures[0] == figures[1] == figures[2]
+
+
+def test_the_same_losses_as_the_simple_script(home, tmp_path, monkeypatch):
+    """Same data, same windows, same seed, fp32, constant learning rate, no clipping: twenty equal losses."""
+    import pretraining_simple as simple
+    from parts.batches import TrainBatches
+    from parts.shards import Shards, read_index
+    from parts.tokenizers import byte_tokenizer
+    from prep_dataset import SmollmConfig, prepare_tokens
+
+    settings = {"batch_size": 4, "schedule": "constant", "warmup_steps": 0, "max_grad_norm": 0, "max_lr": 1e-3}
+    advanced = metrics(train(home, "like_simple", **settings))
+    monkeypatch.chdir(home)
+    folder = prepare_tokens(SmollmConfig(dataset_name="data", tokenizer="bytes", val_share=0.05))
+
+    def windows(_tokens, batch_size, T, seed):
+        batches = TrainBatches(Shards(folder, "train", read_index(folder)), T, seed, byte_tokenizer().vocab_size)
+        batches.share(0, 1, batch_size, batch_size)
+        yield from ((b["inputs"], b["targets"]) for b in batches)
+
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("\n\n".join(" ".join(WORDS) + str(i) for i in range(500)), encoding="utf-8")
+    monkeypatch.setattr(simple, "train_batches", windows)
+    monkeypatch.setattr(simple, "learning_rate_share", lambda step, n_steps: 1.0)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: None)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    simple.main(simple.SimpleConfig(
+        data_dir=str(tmp_path / "texts"), output_dir=str(tmp_path / "run"), model_size="nano", context_length=32, batch_size=4,
+        max_steps=20, lr=1e-3, tokenizer="bytes", device="cpu",
+    ))  # fmt: skip
+    torch.set_num_threads(threads)
+    lines = (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    losses = [r["train_loss"] for r in map(json.loads, lines) if "train_loss" in r]
+    assert len(losses) == len(advanced) == 20
+    assert losses == pytest.approx(advanced, rel=1e-6)
+
+
+def state_of(folder) -> tuple:
+    folder_of = newest_checkpoint(folder)
+    return weights_hash(load_tensors(folder_of / "model.safetensors")), weights_hash(load_tensors(folder_of / "optimizer.safetensors"))
+
+
+ARRANGEMENTS = {
+    "dropout": (1, {"dropout": 0.1, "grad_accum_steps": 2}),
+    "ranks4": (4, {"dropout": 0.1}),
+    "compiled": (1, {"compile": True, "eval_freq": 3, "batch_size": 4}),
+    "recomputed": (1, {"activation_checkpointing": True, "dropout": 0.1}),
+    "bf16": (1, {"dtype": "bf16"}),
+    "wsd": (1, {"schedule": "wsd", "optimizer": "muon"}),
+}
+
+
+@pytest.mark.parametrize("name", ARRANGEMENTS)
+def test_resumed_equals_straight_to_the_bit(home, name):
+    """Stopped twice on the way, with evaluations in between."""
+    world, settings = ARRANGEMENTS[name]
+    settings = {"eval_freq": 8, **settings, "save_ckpt_freq": 7, "max_steps": 60}
+    straight = train(home, f"{name}-straight", world, **settings)
+    for step in (10, 30):
+        stop(home, f"{name}-resumed", step, world, **settings)
+    resumed = train(home, f"{name}-resumed", world, **settings)
+    assert metrics(resumed) == metrics(straight) and metrics(resumed, "val_loss") == metrics(straight, "val_loss")
+    assert state_of(resumed) == state_of(straight)
+
+
+def test_one_two_one_processes_see_the_same_rows(home):
+    settings = {"max_steps": 50, "save_ckpt_freq": 20, "eval_freq": 50}
+    straight = train(home, "121-straight", grad_accum_steps=2, **settings)
+    for world, step in ((1, 10), (2, 30)):
+        stop(home, "121", step, world, grad_accum_steps=2, **settings)
+    folder = train(home, "121", grad_accum_steps=2, **settings)
+    assert metrics(folder, "tokens") == metrics(straight, "tokens")
+    for a, b in zip(metrics(folder), metrics(straight), strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+    line = one_error_line(start(home, "121", grad_accum_steps=2, batch_size=3, **settings), 2)
+    assert "rows per step" in line
+
+
+def test_a_finished_run_says_so_and_never_moves_it_aside(home):
+    before = state_of(train(home, "twice"))
+    result = start(home, "twice")
+    assert result.returncode == 0 and "already finished at step 20" in result.stdout
+    assert state_of(home / "runs/twice") == before
+    result = start(home, "twice", resume="never", max_steps=2)
+    assert result.returncode == 0 and (home / "runs/twice-1/checkpoints/step_000020").exists()
+    longer = start(home, "twice-1", resume=home / "runs/twice-1", max_steps=25, allow_change="max_steps,warmup_steps")
+    assert longer.returncode == 0 and len(metrics(home / "runs/twice-1")) == 25
+
+
+def test_the_run_folder_tells_how_to_go_on(home):
+    folder = train(home, "told", tensorboard=True)
+    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    assert {"config", "git_commit", "versions", "device", "data", "tokenizer", "launch", "resume"} <= set(facts)
+    assert facts["config"]["max_lr"] == 3e-3 and "--run_name told" in facts["resume"]
+    assert (folder / "loss.png").stat().st_size > 5000 and (folder / "samples.txt").read_text(encoding="utf-8").startswith("--- step 0")
+    assert list((folder / "tensorboard").iterdir())
+    last = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert {"train_loss", "val_loss", "val_bits_per_byte", "lr", "grad_norm", "tokens_per_s", "memory_gib"} <= set(last)
+    assert last["mfu"] is None, "the peak of this CPU is not known"
+    verify_checkpoint(newest_checkpoint(folder))
+    result = run("wt_load.py", "verify", folder, cwd=home)
+    assert result.stdout.splitlines()[-1] == weights_hash(tensors(folder))
+    assert run("gpt_train.py", "--checkpoint", folder, "--max_new_tokens", "5", cwd=home).returncode == 0
+
+
+def test_the_best_checkpoint_is_kept_besides_the_last(home):
+    # a rate that ruins the model late: warmup over the whole run
+    settings = {"max_lr": 1.0, "warmup_steps": 40, "max_steps": 40, "eval_freq": 4, "save_ckpt_freq": 4, "keep_last": 2, "max_grad_norm": 0}
+    folder = train(home, "best", **settings)
+    losses = dict(zip(range(0, 41, 4), metrics(folder, "val_loss"), strict=True))
+    best = min((step for step in losses if step), key=losses.get)
+    kept = sorted(int(p.name[5:]) for p in (folder / "checkpoints").iterdir())
+    assert kept == sorted({best, 36, 40}) and best < 36
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_lr": 1e-2}, "max_lr 0.003 then, 0.01 now.*--allow_change"),
+        ({"seed": 5}, "seed"),
+        ({"n_layer": 3}, "another model.*n_layer 2 then, 3 now"),
+        ({"context_length": 16}, "another model"),
+        ({"tokenizer": "bpe:300"}, "another model|another --tokenizer"),
+        ({"max_documents": 300}, "max_documents"),
+        ({"batch_size": 3}, "rows per step 1 then, 3 now"),
+        ({"optimizer": "muon"}, "optimizer adamw then, muon now"),
+        ({"resume": "nowhere"}, "--resume: nowhere does not exist"),
+        ({"resume": "data"}, "no checkpoint here"),
+        ({"allow_change": "max_lrr"}, "max_lrr: no such setting"),
+    ],
+    ids=str,
+)
+def test_a_resume_that_does_not_fit_is_refused_and_nothing_is_touched(home, settings, message):
+    folder = home / "runs/fits"
+    if not folder.exists():
+        train(home, "fits", max_steps=4)
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+    line = one_error_line(start(home, "fits", **{"max_steps": 4, **settings}), 2)
+    assert re.search(message, line), line
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != ".lock"} == before
+
+
+def test_a_learning_rate_may_change_where_that_is_said(home):
+    train(home, "changed", max_steps=4)
+    result = start(home, "changed", max_steps=6, max_lr=1e-2, allow_change="max_lr,min_lr,max_steps,warmup_steps")
+    assert result.returncode == 0 and "resumed from step 4" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dataset_name": "nobody/nothing"}, "nobody/nothing"),
+        ({"dataset_subset": "nope"}, "no folder 'nope'"),
+        ({"text_field": "body"}, "its columns are text"),
+        ({"model_size": "huge"}, "unknown size 'huge'"),
+        ({"max_lr": -1}, "--max_lr: -1"),
+        ({"parallel": "ddp"}, "start with torchrun"),
+        ({"optimizer": "galore8bit"}, "needs CUDA"),
+        ({"dtype": "fp16"}, "--dtype fp16: needs CUDA"),
+        ({"device": "cuda:9"}, "--device"),
+        ({"batch_size": 100_000, "max_steps": "None"}, "fewer than one step"),
+        ({"keep_last": 1_000_000_000}, "the disk has"),
+        ({"val_share": 1e-9}, "--val_share"),
+        ({"output_dir": "data/train.jsonl"}, "data/train.jsonl"),
+        ({"output_dir": "/proc/nope"}, "/proc/nope"),
+        ({"output_dir": "."}, "current folder"),
+        ({"n_embd": 65}, "n_embd 65"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_line_and_leaves_no_run_folder(home, settings, message):
+    line = one_error_line(start(home, "bad", env={"https_proxy": "http://127.0.0.1:9"}, **settings), 2)
+    assert message in line, line
+    assert not (home / "runs/bad").exists()
+
+
+def test_a_bad_line_under_torchrun_is_told_once(home):
+    result = start(home, "bad", world=2, optimizer="galore8bit")
+    assert result.returncode == 1 and result.stderr.count("error: --optimizer galore8bit") == 1, result.stderr
+    assert result.stderr.count("Traceback") == 1, "torchrun's own, and none of ours"
+    result = start(home, "bad", world=2, batch_sise=1)
+    assert result.stderr.count("did you mean") == 1
+
+
+def test_a_checkpoint_of_the_simple_script_is_refused(home, texts):
+    words = ("--data_dir", texts, "--output_dir", "runs/of_simple", "--max_steps", "2", "--model_size", "nano", "--tokenizer", "bytes")
+    assert run("pretraining_simple.py", *words, "--context_length", "16", "--batch_size", "4", "--device", "cpu", cwd=home).returncode == 0
+    assert "pretraining_simple.py" in one_error_line(start(home, "of_simple"), 2)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(home):
+    with running(home, "busy", "step 3 loss", max_steps=100_000) as process:
+        assert "belongs to a run that is going on" in one_error_line(start(home, "busy"), 2)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
+        assert process.returncode == 75
+
+
+def test_a_time_limit_stops_saves_and_goes_on(home):
+    result = start(home, "minutes", max_steps=100_000, max_minutes=0.03)
+    assert result.returncode == 75 and "the same line goes on from there" in result.stdout
+    step = len(metrics(home / "runs/minutes"))
+    again = start(home, "minutes", max_steps=100_000, max_minutes=0.03)
+    assert again.returncode == 75 and f"resumed from step {step}" in again.stdout and len(metrics(home / "runs/minutes")) > step
+
+
+def test_a_time_between_checkpoints(home):
+    folder = train(home, "often", max_steps=30, save_ckpt_minutes=1e-9, keep_last=100)
+    assert len(list((folder / "checkpoints").iterdir())) == 30
+
+
+def test_a_disk_that_refuses_costs_no_older_checkpoint(home):
+    """Files may not grow beyond 1 MB at a time when the second checkpoint is due; exit 1, and the same line goes on."""
+    train(home, "full", max_steps=4, save_ckpt_freq=4, min_lr=1e-4, warmup_steps=1)
+    (home / "runs/full/checkpoints/.step_000008.part").write_text("in the way", encoding="utf-8")
+    settings = {"max_steps": 8, "min_lr": 1e-4, "warmup_steps": 1, "allow_change": "max_steps"}
+    limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); import runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, {str(ROOT)!r}); runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", limited, str(ROOT / "pretraining_advanced.py"), *flags("full", **settings)]
+    result = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 1 and "is not saved" in result.stdout, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr and "could not be saved" in result.stderr
+    assert [p.name for p in sorted((home / "runs/full/checkpoints").iterdir())] == ["step_000004"]
+    assert start(home, "full", **settings).returncode == 0 and len(metrics(home / "runs/full")) == 8
+
+
+def test_a_gradient_that_is_not_finite_is_left_out_and_told(home):
+    result = start(home, "nan", max_lr=1e38, warmup_steps=0, max_grad_norm=0, max_steps=200)
+    assert result.returncode == 1 and "the step is left out" in result.stdout
+    assert "not finite in 20 steps in a row" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_yaml_stands_under_the_line_and_is_converted_by_type(home):
+    (home / "a.yaml").write_text("max_lr: 3e-3\nmax_steps: 3\nrun_name: from_yaml\n", encoding="utf-8")
+    words = [w for w in flags("unused") if w not in ("--run_name", "unused", "--max_lr", "0.003")]
+    i = words.index("--max_steps")
+    result = run("pretraining_advanced.py", "--config", "a.yaml", *words[:i], *words[i + 2 :], cwd=home)
+    assert result.returncode == 0, result.stderr
+    config = json.loads((home / "runs/from_yaml/run.json").read_text(encoding="utf-8"))["config"]
+    assert config["max_lr"] == 3e-3 and config["max_steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lerning_rate: 1\nmax_lrr: 2\n", "did you mean max_lr"),
+        ("max_lr: fast\n", "max_lr: 'fast' is not of type float"),
+        ("max_lr: .nan\n", "max_lr: nan"),
+        ("compile: no_idea\n", "compile"),
+        ("schedule: cosin\n", "schedule: 'cosin'"),
+        ("- 1\n- 2\n", "not a mapping"),
+        ("!!python/object/apply:os.system ['touch canary']", "not readable as YAML"),
+        ("max_lr:\t1\n\t- x: [\n", "not readable as YAML"),
+        ("a: &a [x,x,x]\nmax_lr: [*a,*a]\n", "max_lr: list is not of type float"),
+    ],
+)
+def test_a_bad_yaml_file_is_named_with_every_problem(home, text, message):
+    (home / "bad.yaml").write_text(text, encoding="utf-8")
+    result = run("pretraining_advanced.py", "--config", "bad.yaml", cwd=home)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and message in result.stderr and all("bad.yaml" in e for e in errors), result.stderr
+    assert "Traceback" not in result.stderr and not (home / "canary").exists()
+    assert one_error_line(run("pretraining_advanced.py", "--config", "absent.yaml", cwd=home), 2)
+
+
+def test_a_dying_rank_ends_the_job_within_a_minute_and_is_named(home):
+    with running(home, "dying", "step 3 loss", world=2, max_steps=100_000) as process:
+        os.kill(ranks_of(process)[1], signal.SIGKILL)
+        started = time.monotonic()
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 1 and time.monotonic() - started < 60
+        assert re.search(r"rank +: 1 ", err), err[-2000:]
+
+
+MEASURED = """
+import runpy, sys
+report, sys.argv = sys.argv[1], sys.argv[2:]
+sys.path.insert(0, sys.argv[0].rsplit("/", 1)[0])
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    with open("/proc/self/status", encoding="utf-8") as f, open(report, "w", encoding="utf-8") as out:
+        out.write(next(line.split()[1] for line in f if line.startswith("RssAnon")))
+"""
+
+
+def test_memory_of_a_rank_does_not_grow_with_the_text(home, tmp_path):
+    figures = []
+    for times in (1, 10):
+        data = tmp_path / f"x{times}"
+        data.mkdir()
+        (data / "a.jsonl").write_text((home / "data/train.jsonl").read_text(encoding="utf-8") * 20 * times, encoding="utf-8")
+        settings = {"dataset_name": data, "output_dir": tmp_path / f"run{times}", "cache_dir": tmp_path / "cache", "eval_tokens": 1000}
+        assert start(home, "unused", max_steps=1, **settings).returncode == 0  # builds the cache
+        line = command_line("unused", max_steps=30, allow_change="max_steps,warmup_steps", **settings)
+        measured = [line[0], "-c", MEASURED, str(tmp_path / f"rss{times}"), *line[1:]]
+        subprocess.run(measured, cwd=home, check=True, timeout=120, env=environment(MALLOC_ARENA_MAX="1"), capture_output=True)
+        figures.append(int((tmp_path / f"rss{times}").read_text(encoding="utf-8")))
+    assert figures[1] < 1.05 * figures[0], figures
+
+
+def test_the_first_step_comes_within_four_seconds_of_cpu(home):
+    train(home, "cache")  # the token cache is there
+    before = os.times()
+    assert start(home, "quick", max_steps=1, print_sample_iter=1000).returncode == 0
+    after = os.times()
+    seconds = after.children_user - before.children_user + after.children_system - before.children_system
+    print(f"{seconds:.2f} s of CPU for one step and everything around it")
+    assert seconds < 6  # on this project's machine under 4; here with evaluation, plot and slower machines in mind
+
+
+def test_wandb_offline_gets_every_record_and_cannot_stop_the_run(home):
+    folder = train(home, "wandb", use_wandb=True, max_steps=10)
+    assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+    broken = home / "broken"
+    broken.mkdir()
+    (broken / "wandb.py").write_text("raise RuntimeError('no wandb today')", encoding="utf-8")
+    result = start(home, "nowandb", env={"PYTHONPATH": str(broken)}, use_wandb=True, max_steps=10)
+    assert result.returncode == 0 and "wandb is off: no wandb today" in result.stdout
+    ours, theirs = (metrics(home / "runs" / name) for name in ("wandb", "nowandb"))
+    assert ours == theirs and math.isfinite(ours[-1])
