@@ -434,7 +434,8 @@ def _tokenizer_of(spec: str, config: SmollmConfig) -> Tokenizer:
     if spec.split(":")[0] != "bpe":
         return byte_tokenizer() if spec == "bytes" else Tokenizer.load(spec)
     whole = corpus.Corpus(config.dataset_name, config.dataset_subset, config.text_field, config.max_documents, config.streaming)
-    return make_tokenizer(spec, (row["text"] for rows, _ in whole.chunks(None) for row in rows))
+    texts = (row["text"] for rows, _ in whole.chunks(None) for row in rows)
+    return make_tokenizer(spec, (text for text in texts if not corpus.in_validation(text, config.val_share)))
 
 
 def prepare_tokens(config: SmollmConfig) -> Path:

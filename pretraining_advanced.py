@@ -258,6 +258,7 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
         with parallel.agree():
             found = None
             if master:
+                enough_disk(run_dir, config, job)
                 stack.enter_context(_claim(run_dir, config))
                 found = find_checkpoint(config, run_dir)
                 state, weights, optimizer_tensors = read_checkpoint(found, config, job, parallel.world) if found else ({}, {}, {})
@@ -283,8 +284,6 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
                 optimizer.load_state_dict(tensors, state["optimizer_numbers"])
                 job.train_batches.load_state_dict(state["data_cursor"])
                 parallel.loss_scale = state["loss_scale"]
-            if master:
-                enough_disk(run_dir, config, job)
         step, tokens, best = state.get("step", 0), state.get("tokens", 0), state.get("best")
         if state:
             say(f"resumed from step {step} ({found})" if master else "", parallel)
@@ -304,12 +303,12 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
             mirrors = {"tensorboard": config.tensorboard, "wandb": wandb if config.use_wandb else None}
             journal = Journal(run_dir, step, checkpoint.append_lines, **mirrors)
             stack.callback(journal.close)
-        record = parallel.share(journal.last if master else None, {})[0]  # of the step that we stand at, perhaps not complete
+        record = dict(parallel.share(journal.last if master else None, {})[0])  # of the step that we stand at, perhaps not complete
         saved, saved_at, plotted_at = (step, time.monotonic(), time.monotonic()) if state else (None, time.monotonic(), time.monotonic())
         stopping = save_now = failed = False
         batches = Prefetch(job.train_batches, parallel.device)
         stack.callback(batches.close)
-        feed, speed = iter(batches), Speed(job.flops_per_token, peak_flops(parallel.device, parallel.dtype))
+        feed, speed = iter(batches), Speed(job.flops_per_token, peak_flops(parallel.device, parallel.dtype), parallel.world)
         quiet = not master or config.log_exact
         bar = stack.enter_context(tqdm(total=max_steps, initial=step, unit="step", disable=quiet, mininterval=_bar_interval()))
         if step == max_steps:
@@ -324,7 +323,7 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
                 if result:
                     bits = f", {result['val_bits_per_byte']:.3f} bits per byte" if "val_bits_per_byte" in result else ""
                     say(f"step {step}: validation loss {result['val_loss']:.4f}{bits}", parallel)
-            if not stopping and job.sample and (step % config.print_sample_iter == 0 or last):
+            if not stopping and job.sample and step and (step % config.print_sample_iter == 0 or last):
                 if master and sampled != step and not stop:
                     sample(job, run_dir, step, parallel, stop)
                 stopping = parallel.all_sum([float(bool(stop))])[0] > 0  # here, so that a sample left out is made after the resume
@@ -444,17 +443,18 @@ def save(job: Job, optimizer: Optimizer, config: TrainConfig, parallel: Parallel
 
 def _claim(run_dir: Path, config: TrainConfig):
     """The run folder for this process alone, emptied of what an attempt that was killed left half done. Raises ValueError."""
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
     if run_dir.resolve() == Path.cwd():
         raise ValueError(f"--output_dir: {run_dir} is the current folder; name another one for the run")
     try:
-        if config.resume == "never" and (earlier := checkpoint.move_aside(run_dir)):
-            print(f"the earlier run is kept as {earlier}", flush=True)
         created = not run_dir.exists()
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run_dir / ".lock")
-        lock.acquire(timeout=0)
+        lock = _lock(run_dir)
+        if config.resume == "never":
+            lock.release()
+            if earlier := checkpoint.move_aside(run_dir):
+                print(f"the earlier run is kept as {earlier}", flush=True)
+            lock = _lock(run_dir)
         for part in (*run_dir.glob("*.part"), *run_dir.glob("checkpoints/.step_*.part")):
             shutil.rmtree(part) if part.is_dir() else part.unlink()
     except Timeout as e:
@@ -462,6 +462,15 @@ def _claim(run_dir: Path, config: TrainConfig):
     except OSError as e:
         raise ValueError(f"--output_dir: {error_line(e)}; choose a folder that can be written") from e
     return _released(lock, run_dir if created else None)
+
+
+def _lock(run_dir: Path):
+    from filelock import FileLock
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run_dir / ".lock")
+    lock.acquire(timeout=0)
+    return lock
 
 
 @contextlib.contextmanager
@@ -563,8 +572,9 @@ def enough_disk(run_dir: Path, config: TrainConfig, job: Job) -> None:
     """Raises ValueError where the disk has no room for the checkpoints that will be kept and the one being written."""
     weights = sum(p.nbytes for p in job.model.state_dict().values())
     one = weights + predicted_state_bytes(job.model, job.blocks, config.optimizer, config.galore_rank)
-    there = sum(f.stat().st_size for f in run_dir.glob("checkpoints/step_*/*") if f.is_file())
-    need, free = one * (config.keep_last + 2) - there, shutil.disk_usage(run_dir).free
+    there = sum(f.stat().st_size for f in run_dir.glob("checkpoints/step_*/*") if f.is_file()) if config.resume != "never" else 0
+    nearest = next(p for p in (run_dir, *run_dir.resolve().parents) if p.is_dir())
+    need, free = one * (config.keep_last + 2) - there, shutil.disk_usage(nearest).free
     if need > free:
         what = f"{config.keep_last + 2} checkpoints of {one / 1e9:.2f} GB need {need / 1e9:.2f} GB, the disk has {free / 1e9:.2f}"
         raise ValueError(f"--output_dir: {run_dir}: {what}; free some space, lower --keep_last, or choose another folder")

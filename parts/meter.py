@@ -56,10 +56,10 @@ def memory_gib(device) -> float:
 
 
 class Speed:
-    """tokens/s of training alone: evaluation, samples and checkpoints are not in it, and neither are the first steps."""
+    """tokens/s of training alone: evaluation, samples and checkpoints are not in it. `peak` is that of one device."""
 
-    def __init__(self, flops_per_token: int, peak: float | None):
-        self.flops_per_token, self.peak, self.recent, self.started = flops_per_token, peak, [], None
+    def __init__(self, flops_per_token: int, peak: float | None, n_devices: int = 1):
+        self.flops_per_token, self.peak, self.recent, self.started = flops_per_token, peak and peak * n_devices, [], None
 
     def start(self) -> None:
         """A step begins."""
@@ -77,7 +77,7 @@ class Journal:
     """
     metrics.jsonl of a run folder, one line per step, and its mirrors.
 
-    On opening, lines behind `step` (of an attempt that was killed) are dropped; `last` is the record of that step.
+    On opening, lines behind `step` (of an attempt that was killed) are dropped; `last` is a copy of the record of that step.
     A disk that refuses costs a warning, not the run. `write` is cheap: lines reach the disk once a second and with `flush`.
     """
 
@@ -85,19 +85,27 @@ class Journal:
         self.path, self.append_lines, self.lines, self.flushed = Path(run_dir) / "metrics.jsonl", append_lines, [], time.monotonic()
         self.last = {"step": step}
         if self.path.exists():
-            part = self.path.with_name("metrics.jsonl.part")
-            with open(part, "w", encoding="utf-8") as out:
-                for record in read_metrics(run_dir):
-                    if record["step"] == step:
-                        self.last = record
-                    elif record["step"] < step:
-                        out.write(json.dumps(record) + "\n")
-            os.replace(part, self.path)
+            self._rewrite(step, None)
         self.board = _tensorboard(Path(run_dir) / "tensorboard", step) if tensorboard else None
         self.wandb = Wandb(**wandb) if wandb else None
 
+    def _rewrite(self, step: int, last: dict | None) -> None:
+        """The file up to this step, whose own record becomes `last` (None: stays); at no time is there less in it."""
+        part = self.path.with_name("metrics.jsonl.part")
+        with open(part, "w", encoding="utf-8") as out:
+            for record in read_metrics(self.path.parent):
+                if record["step"] == step:
+                    self.last = record = dict(last or record)
+                if record["step"] <= step:
+                    out.write(json.dumps(record) + "\n")
+        os.replace(part, self.path)
+
     def write(self, record: dict) -> None:
-        """One step's record, {"step": ..., ...}."""
+        """One step's record, {"step": ..., ...}; that of the step the run went on from is there already, perhaps less complete."""
+        if record["step"] == self.last["step"] and len(self.last) > 1:
+            if record != self.last:
+                self._rewrite(record["step"], record)
+            return
         self.lines.append(record)
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
         if self.board:
@@ -188,7 +196,7 @@ class Wandb:
         try:
             import wandb
 
-            quiet = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=False)
+            quiet = wandb.Settings(silent=True, console="off")
             run = wandb.init(mode=self.mode(), settings=quiet, **self.settings)
             while (item := self.queue.get()) is not None:
                 step, values = item

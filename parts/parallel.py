@@ -203,7 +203,7 @@ def choose_dtype(name: str, device) -> tuple[torch.dtype, str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "this GPU has it"
         return torch.float16, "this GPU has no bf16; the loss is scaled"
-    if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_amx_tile_supported():
+    if device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)():
         return torch.bfloat16, "this CPU has AMX"
     return torch.float32, f"bf16 is no faster on this {device.type}"
 
@@ -222,5 +222,8 @@ def attention_kernel(n_head: int, head_dim: int, T: int, device, dtype, dropout:
     from torch.nn.attention import SDPBackend
 
     q = torch.empty(1, n_head, T, head_dim, device=device, dtype=dtype, requires_grad=True)
-    choice = torch._fused_sdp_choice(q, q, q, None, dropout, True)
+    try:
+        choice = torch._fused_sdp_choice(q, q, q, None, dropout, True)
+    except (AttributeError, NotImplementedError, RuntimeError):  # not part of torch's promises, and only told
+        return "chosen by torch"
     return next((name.lower() for name, backend in SDPBackend.__members__.items() if int(backend.value) == choice), "unknown")

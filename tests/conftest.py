@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ["OMP_NUM_THREADS"] = "1"  # of torch, here and in every process started from here: two tests run at a time
+
 ROOT = Path(__file__).resolve().parent.parent
 # Real books, vocabularies and the fault harness; tests that need them skip by name where the folder is not beside us.
 SHARED = ROOT.parent / "shared"

@@ -233,7 +233,7 @@ def test_the_run_folder_tells_how_to_go_on(home):
     facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     assert {"config", "git_commit", "versions", "device", "data", "tokenizer", "launch", "resume"} <= set(facts)
     assert facts["config"]["max_lr"] == 3e-3 and "--run_name told" in facts["resume"]
-    assert (folder / "loss.png").stat().st_size > 5000 and (folder / "samples.txt").read_text(encoding="utf-8").startswith("--- step 0")
+    assert (folder / "loss.png").stat().st_size > 5000 and (folder / "samples.txt").read_text(encoding="utf-8").startswith("--- step 20")
     assert list((folder / "tensorboard").iterdir())
     last = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     assert {"train_loss", "val_loss", "val_bits_per_byte", "lr", "grad_norm", "tokens_per_s", "memory_gib"} <= set(last)

@@ -6,7 +6,11 @@ import shlex
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT, run
+
+from parts.config import from_yaml
+from pretraining_advanced import TrainConfig, check
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
@@ -52,17 +56,34 @@ def test_the_second_command_finds_the_tests():
 
 
 def test_every_other_command_is_understood():
-    """Each is started with --help behind it: flags and files that do not exist would be refused."""
+    """Every flag is in the --help of its script, every configuration file is there."""
     seen = 0
     for command in COMMANDS[2:]:
         words = shlex.split(command.split("&&")[-1])
+        if words[0] == "torchrun":  # the script's own flags stand behind its name
+            words = ["python", *words[words.index("pretraining_advanced.py") :]]
         if words[0] == "python" and words[1].endswith(".py"):
+            commands = [words[2]] if words[1] in ("prep_dataset.py", "wt_load.py") else []
+            shown = "" if words[1] == "test_smollm.py" else run(words[1], *commands, "--help", cwd=ROOT).stdout
             for flag in (w for w in words[2:] if w.startswith("--")):
-                assert flag in run(words[1], *([words[2]] if words[1] == "prep_dataset.py" else []), "--help", cwd=ROOT).stdout, command
+                assert flag in shown, command
+            for file in (w for w in words if w.startswith("configs/")):
+                assert (ROOT / file).exists(), command
             seen += 1
         else:
             assert words[:2] in (["pip", "install"], ["python", "-m"]), command
     assert seen >= 3
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_configuration_opens_with_its_command_and_holds_known_settings(path):
+    text = path.read_text(encoding="utf-8")
+    head = text.split("\ndataset_name")[0]
+    assert f"pretraining_advanced.py --config configs/{path.name}" in head
+    assert "not yet measured" in head or re.search(r"20\d\d-\d\d-\d\d", head), "its cost: measured, with the date, or said not to be"
+    config = from_yaml(TrainConfig, str(path))
+    check(config)
+    assert config.run_name == path.stem
 
 
 def test_the_file_map_names_every_script_and_part():

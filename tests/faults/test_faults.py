@@ -66,7 +66,8 @@ def test_signals(bench, n):
 @pytest.mark.parametrize("bench", ["none"], indirect=True)
 @pytest.mark.parametrize("suite", ["mutate", "mutate_cache", "stale_cache", "concurrent"])
 def test_damaged_and_shared_files(bench, suite, n):
-    check(getattr(bench, suite)(**({"n": 4 * n} if suite.startswith("mutate") else {})))
+    trials = {"mutate": {"n": 2 * n}, "mutate_cache": {"n": 2 * n}, "concurrent": {"rounds": n}, "stale_cache": {}}
+    check(getattr(bench, suite)(**trials[suite]))
 
 
 @pytest.mark.parametrize("bench", ["ddp"], indirect=True)
