@@ -143,10 +143,9 @@ def _folder() -> Path:
 
 
 def _command(name: str) -> list[str]:
-    words = f"--dataset_name texts.jsonl --tokenizer bytes --val_share 0.05 --model_size nano --context_length 64 --batch_size 4 --run_name {name} "
-    words += (
-        f"--max_steps {STEPS} --max_lr 3e-3 --eval_freq 30 --print_sample_iter 30 --save_ckpt_freq 10 --device cpu --dtype fp32 --log_exact"
-    )
+    words = f"--run_name {name} --dataset_name texts.jsonl --tokenizer bytes --val_share 0.05 --model_size nano --context_length 64"
+    words += f" --batch_size 4 --max_steps {STEPS} --max_lr 3e-3 --eval_freq 30 --print_sample_iter 30 --save_ckpt_freq 10"
+    words += " --device cpu --dtype fp32 --log_exact"
     return [sys.executable, str(HERE / "pretraining_advanced.py"), *words.split()]
 
 
