@@ -621,14 +621,12 @@ def trim_samples(path: Path, step: int) -> int | None:
 def tell_what_runs(job: Job, config: TrainConfig, parallel: Parallel, rows_per_step: int, accum: int) -> None:
     """A few lines about what was chosen, and why."""
     c, batches = job.facts["model_config"], job.train_batches
-    dtype, why = choose_dtype(config.dtype, parallel.device)
-    say(f"{parallel.device}, {parallel.world} processes, {str(dtype).removeprefix('torch.')}: {why}", parallel)
     n_parameters = sum(p.numel() for p in job.model.parameters())
     rows = f"{rows_per_step} x {config.context_length} tokens, {accum} micro-batches of {config.batch_size} rows on each process"
     say(f"{n_parameters:,} parameters, {config.max_steps:,} steps of {rows}; {batches.n_windows:,} windows in an epoch", parallel)
     if "n_head" in c:
         shape = (c["n_head"], c["n_embd"] // c["n_head"], config.context_length)
-        kernel = attention_kernel(*shape, parallel.device, dtype, config.dropout)
+        kernel = attention_kernel(*shape, parallel.device, parallel.dtype, config.dropout)
         say(f"attention: {kernel}; compiled: {'each block' if config.compile else 'no'}", parallel)
     if config.optimizer != "adamw":
         mine, full = (predicted_state_bytes(job.model, job.blocks, kind, config.galore_rank) for kind in (config.optimizer, "adamw"))
@@ -650,9 +648,10 @@ def main(config: TrainConfig) -> int:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    dtype, _ = choose_dtype(config.dtype, device)
+    dtype, why = choose_dtype(config.dtype, device)
     config.dtype = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
     with Parallel(config.parallel, device, dtype) as parallel:
+        say(f"{device}, {parallel.world} process{'es' if parallel.world > 1 else ''}, {config.dtype}: {why}", parallel)
         with parallel.agree():
             job = gpt_job(config)
             resolve_length(config, job, parallel)

@@ -203,9 +203,10 @@ def choose_dtype(name: str, device) -> tuple[torch.dtype, str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "this GPU has it"
         return torch.float16, "this GPU has no bf16; the loss is scaled"
-    if device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)():
-        return torch.bfloat16, "this CPU has AMX"
-    return torch.float32, f"bf16 is no faster on this {device.type}"
+    for name, words in (("_is_amx_tile_supported", "AMX"), ("_is_avx512_bf16_supported", "AVX512_BF16")):
+        if device.type == "cpu" and getattr(torch.cpu, name, bool)():
+            return torch.bfloat16, f"this CPU has {words}"
+    return torch.float32, f"this {device.type} has no fast bf16"
 
 
 def why_no_compiler(device) -> str | None:
