@@ -283,7 +283,7 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
             if state:
                 optimizer.load_state_dict(tensors, state["optimizer_numbers"])
                 job.train_batches.load_state_dict(state["data_cursor"])
-                parallel.loss_scale = state["loss_scale"]
+                parallel.loss_scale = parallel.loss_scale and (state["loss_scale"] or parallel.loss_scale)
         step, tokens, best = state.get("step", 0), state.get("tokens", 0), state.get("best")
         if state:
             say(f"resumed from step {step} ({found})" if master else "", parallel)
@@ -531,6 +531,10 @@ def read_checkpoint(folder: Path, config: TrainConfig, job: Job, world: int) -> 
     if differs:
         names = ",".join(text.split()[0] for text in differs).replace("rows", "batch_size")
         raise ValueError(f"{folder}: other settings than now: {'; '.join(differs)}; give the same ones, or --allow_change {names}")
+    if state["step"] > config.max_steps:
+        raise ValueError(
+            f"--max_steps: {config.max_steps} lies before step {state['step']} of {folder}; give a larger number, or another --run_name"
+        )
     return state, weights, checkpoint.load_tensors(folder / "optimizer.safetensors")
 
 

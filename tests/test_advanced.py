@@ -265,6 +265,7 @@ def test_the_best_checkpoint_is_kept_besides_the_last(home):
         ({"max_documents": 300}, "max_documents"),
         ({"batch_size": 3}, "rows per step 1 then, 3 now"),
         ({"optimizer": "muon"}, "optimizer adamw then, muon now"),
+        ({"max_steps": 2, "allow_change": "max_steps,warmup_steps"}, "--max_steps: 2 lies before step 4"),
         ({"resume": "nowhere"}, "--resume: nowhere does not exist"),
         ({"resume": "data"}, "no checkpoint here"),
         ({"allow_change": "max_lrr"}, "max_lrr: no such setting"),
