@@ -83,7 +83,7 @@ class Journal:
 
     def __init__(self, run_dir, step: int, append_lines, tensorboard: bool = False, wandb: dict | None = None):
         self.path, self.append_lines, self.lines, self.flushed = Path(run_dir) / "metrics.jsonl", append_lines, [], time.monotonic()
-        self.last = {"step": step}
+        self.last, self.found = {"step": step}, False
         if self.path.exists():
             self._rewrite(step, None)
         self.board = _tensorboard(Path(run_dir) / "tensorboard", step) if tensorboard else None
@@ -95,14 +95,15 @@ class Journal:
         with open(part, "w", encoding="utf-8") as out:
             for record in read_metrics(self.path.parent):
                 if record["step"] == step:
-                    self.last = record = dict(last or record)
+                    self.last, self.found = dict(last or record), True
+                    record = self.last
                 if record["step"] <= step:
                     out.write(json.dumps(record) + "\n")
         os.replace(part, self.path)
 
     def write(self, record: dict) -> None:
         """One step's record, {"step": ..., ...}; that of the step the run went on from is there already, perhaps less complete."""
-        if record["step"] == self.last["step"] and len(self.last) > 1:
+        if self.found and record["step"] == self.last["step"]:
             if record != self.last:
                 self._rewrite(record["step"], record)
             return

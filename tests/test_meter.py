@@ -42,17 +42,6 @@ def test_an_evaluation_made_after_the_resume_completes_the_record(tmp_path):
     assert lines(tmp_path) == [{"step": 0}, {"step": 1}, {"step": 2}, {"step": 3, "val_loss": 1.0}]
 
 
-def test_a_disk_that_refuses_costs_a_warning(tmp_path, capsys):
-    journal = Journal(tmp_path, 0, append_lines)
-    (tmp_path / "metrics.jsonl").mkdir()
-    journal.write({"step": 0})
-    journal.flush()
-    assert "warning: " in capsys.readouterr().out
-    (tmp_path / "metrics.jsonl").rmdir()
-    journal.flush()
-    assert lines(tmp_path) == [{"step": 0}]
-
-
 def test_speed_counts_training_alone(monkeypatch):
     clock = iter([0.0, 2.0, 100.0, 102.0])
     monkeypatch.setattr(meter.time, "perf_counter", lambda: next(clock))
