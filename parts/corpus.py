@@ -134,6 +134,8 @@ class Corpus:
         if files is None:
             stream = self._open_hub(subset, streaming)
         elif _kind(files[0]) == "text":
+            if next(_read_text(files), None) is None:
+                raise ValueError(f"{self.name}: holds no documents; its {len(files)} text files are empty")
             return datasets.IterableDataset.from_generator(_read_text, gen_kwargs={"files": [str(p) for p in files]})
         else:
             with _as_one_line(str(files[0].parent)):

@@ -281,6 +281,9 @@ def test_unreadable_files_are_named(tmp_path):
         (tmp_path / "data/b.txt").write_bytes(data)
         with pytest.raises(ValueError, match=f"b.txt: .*{what}"):
             prepare(tmp_path / "data/b.txt", tmp_path)
+    (tmp_path / "data/c.txt").write_text(" \n", encoding="utf-8")
+    with pytest.raises(ValueError, match="c.txt: holds no documents"):
+        prepare(tmp_path / "data/c.txt", tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty has no .parquet"):
         prepare(tmp_path / "empty", tmp_path)
