@@ -259,7 +259,7 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
             found = None
             if master:
                 enough_disk(run_dir, config, job)
-                stack.enter_context(_claim(run_dir, config))
+                stack.enter_context(checkpoint.claimed(run_dir, afresh=config.resume == "never"))
                 found = find_checkpoint(config, run_dir)
                 state, weights, optimizer_tensors = read_checkpoint(found, config, job, parallel.world) if found else ({}, {}, {})
         # only rank 0 needs to see the disk
@@ -292,7 +292,7 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
         journal = sampled = None
         if master:
             wandb_id = start_run(run_dir, job, config, parallel)
-            sampled = trim_samples(run_dir / "samples.txt", step)
+            sampled = checkpoint.trim_samples(run_dir / "samples.txt", step)
             wandb = {
                 "project": config.wandb_project,
                 "name": config.run_name,
@@ -441,49 +441,6 @@ def save(job: Job, optimizer: Optimizer, config: TrainConfig, parallel: Parallel
         return False
 
 
-def _claim(run_dir: Path, config: TrainConfig):
-    """The run folder for this process alone, emptied of what an attempt that was killed left half done. Raises ValueError."""
-    from filelock import Timeout
-
-    if run_dir.resolve() == Path.cwd():
-        raise ValueError(f"--output_dir: {run_dir} is the current folder; name another one for the run")
-    try:
-        created = not run_dir.exists()
-        lock = _lock(run_dir)
-        if config.resume == "never":
-            lock.release()
-            if earlier := checkpoint.move_aside(run_dir):
-                print(f"the earlier run is kept as {earlier}", flush=True)
-            lock = _lock(run_dir)
-        for part in (*run_dir.glob("*.part"), *run_dir.glob("checkpoints/.step_*.part")):
-            shutil.rmtree(part) if part.is_dir() else part.unlink()
-    except Timeout as e:
-        raise ValueError(f"--output_dir: {run_dir} belongs to a run that is going on; wait for it, or choose another --run_name") from e
-    except OSError as e:
-        raise ValueError(f"--output_dir: {error_line(e)}; choose a folder that can be written") from e
-    return _released(lock, run_dir if created else None)
-
-
-def _lock(run_dir: Path):
-    from filelock import FileLock
-
-    run_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run_dir / ".lock")
-    lock.acquire(timeout=0)
-    return lock
-
-
-@contextlib.contextmanager
-def _released(lock, created: Path | None):
-    """Give the lock back; a folder that was made for a run which then could not begin goes away."""
-    try:
-        yield
-    finally:
-        lock.release()
-        if created and not any(p.name != ".lock" for p in created.iterdir()):
-            shutil.rmtree(created, ignore_errors=True)
-
-
 def find_checkpoint(config: TrainConfig, run_dir: Path) -> Path | None:
     """The checkpoint folder to go on from, None to begin. Raises FileNotFoundError or ValueError."""
     own = checkpoint.list_checkpoints(run_dir)
@@ -608,18 +565,6 @@ def start_run(run_dir: Path, job: Job, config: TrainConfig, parallel: Parallel) 
     except OSError as e:
         raise ValueError(f"--output_dir: {error_line(e)}; choose a folder that can be written") from e
     return wandb_id
-
-
-def trim_samples(path: Path, step: int) -> int | None:
-    """Take samples behind `step` out of samples.txt (an attempt that was killed made them); returns the step of the last one left."""
-    if not path.exists():
-        return None
-    sections = path.read_text(encoding="utf-8", errors="replace").split("--- step ")[1:]
-    numbered = [(int(first), text) for text in sections if (first := text.split("\n")[0]).isdecimal()]
-    kept = [(n, text) for n, text in numbered if n <= step]
-    if len(kept) < len(sections):
-        checkpoint.write_file(path, "".join(f"--- step {text}" for _, text in kept).encode())
-    return kept[-1][0] if kept else None
 
 
 def tell_what_runs(job: Job, config: TrainConfig, parallel: Parallel, rows_per_step: int, accum: int) -> None:

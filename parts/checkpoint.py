@@ -14,6 +14,7 @@ the older checkpoints as they were. Reading compares the hashes first: no common
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -118,6 +119,50 @@ def save_checkpoint(run_dir, step: int, tensors: dict, state: dict, files: dict[
     return target
 
 
+@contextlib.contextmanager
+def claimed(run_dir, afresh: bool):
+    """
+    The run folder for this process alone, emptied of what an attempt that was killed left half done. With `afresh` an
+    earlier run in it is moved aside. A folder made for a run that then could not begin goes away again.
+
+    Raises ValueError where it cannot be had.
+    """
+    from filelock import Timeout
+
+    run_dir = Path(run_dir)
+    if run_dir.resolve() == Path.cwd():
+        raise ValueError(f"--output_dir: {run_dir} is the current folder; name another one for the run")
+    created = not run_dir.exists()
+    try:
+        lock = _lock(run_dir)
+        if afresh:
+            lock.release()
+            if earlier := move_aside(run_dir):
+                print(f"the earlier run is kept as {earlier}", flush=True)
+            lock = _lock(run_dir)
+        for part in (*run_dir.glob("*.part"), *run_dir.glob("checkpoints/.step_*.part")):
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+    except Timeout as e:
+        raise ValueError(f"--output_dir: {run_dir} belongs to a run that is going on; wait for it, or choose another --run_name") from e
+    except OSError as e:
+        raise ValueError(f"--output_dir: {e.filename or run_dir}: {e.strerror}; choose a folder that can be written") from e
+    try:
+        yield
+    finally:
+        lock.release()
+        if created and not any(p.name != ".lock" for p in run_dir.iterdir()):
+            shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def _lock(run_dir: Path):
+    from filelock import FileLock
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run_dir / ".lock")
+    lock.acquire(timeout=0)
+    return lock
+
+
 def move_aside(run_dir) -> Path | None:
     """Rename a run folder that holds a run to the next free name (runs/simple-1), and return that; None where there is none."""
     run_dir = Path(run_dir)
@@ -125,6 +170,18 @@ def move_aside(run_dir) -> Path | None:
         return None
     free = (run_dir.with_name(f"{run_dir.name}-{n}") for n in itertools.count(1))
     return run_dir.rename(next(path for path in free if not path.exists()))
+
+
+def trim_samples(path: Path, step: int) -> int | None:
+    """Take samples behind `step` out of samples.txt (an attempt that was killed made them); returns the step of the last one left."""
+    if not path.exists():
+        return None
+    sections = path.read_text(encoding="utf-8", errors="replace").split("--- step ")[1:]
+    numbered = [(int(first), text) for text in sections if (first := text.split("\n")[0]).isdecimal()]
+    kept = [(n, text) for n, text in numbered if n <= step]
+    if len(kept) < len(sections):
+        write_file(path, "".join(f"--- step {text}" for _, text in kept).encode())
+    return kept[-1][0] if kept else None
 
 
 def list_checkpoints(run_dir) -> list[Path]:
