@@ -438,6 +438,17 @@ def _tokenizer_of(spec: str, config: SmollmConfig) -> Tokenizer:
     return make_tokenizer(spec, (text for text in texts if not corpus.in_validation(text, config.val_share)))
 
 
+def _refuse_other_settings(config: SmollmConfig, tokenizer_key: str) -> None:
+    """Ready-made shards are what they are: a setting that asks for something else would be ignored."""
+    source = shards.read_index(config.dataset_name)["source"]
+    made = {**source, "tokenizer": tokenizer_key} if source.get("published") else source  # theirs is not told, the flag says it
+    asked = {name: getattr(config, name) for name in ("dataset_subset", "text_field", "max_documents", "val_share")}
+    for name, value in {**asked, "tokenizer": tokenizer_key}.items():
+        if value != SmollmConfig.__dataclass_fields__[name].default and value != made.get(name):
+            what = f"--{name}: {value}, but {config.dataset_name} is ready-made with {made.get(name, 'another choice')}"
+            raise ValueError(f"{what}; leave the flag out, or name the text instead of the shards")
+
+
 def prepare_tokens(config: SmollmConfig) -> Path:
     """
     The folder of token shards that belongs to these settings, built if it is not there; returns its path.
@@ -447,15 +458,17 @@ def prepare_tokens(config: SmollmConfig) -> Path:
     cannot be written; the same line again goes on from there.
     """
     name = config.dataset_name
+    spec = {"auto": "gpt2", "bpe": "bpe:4096"}.get(config.tokenizer, config.tokenizer)
+    file = Path(spec) / "tokenizer.json" if Path(spec).is_dir() else Path(spec)
+    key = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else spec
     if any(Path(name).glob("*.bin")):
+        _refuse_other_settings(config, key)
         return Path(name)
-    if config.dataset_subset is None and name == SmollmConfig.dataset_name:
-        config.dataset_subset = "cosmopedia-v2"
+    if name == SmollmConfig.dataset_name:
+        config.dataset_subset = config.dataset_subset or "cosmopedia-v2"
     if not (0 < config.val_share < 1 and 0 <= config.shard_index < config.num_shards and (config.max_documents or 1) > 0):
         what = f"--val_share {config.val_share}, --num_shards {config.num_shards}, --shard_index {config.shard_index}"
         raise ValueError(f"{what}, --max_documents {config.max_documents}: a share in (0, 1), an index from 0 to N - 1, a positive limit")
-    spec = {"auto": "gpt2", "bpe": "bpe:4096"}.get(config.tokenizer, config.tokenizer)
-    key = hashlib.sha256(Path(spec).read_bytes()).hexdigest() if Path(spec).is_file() else spec
     facts = corpus.facts_of(name, config.dataset_subset, config.text_field, config.max_documents)
     facts |= {"tokenizer": key, "val_share": config.val_share, "writer": shards.WRITER}
     fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
@@ -505,17 +518,16 @@ COMMANDS |= {"merge": MergeConfig, "info": InfoConfig, "verify": VerifyConfig}
 def main(config) -> int:
     """Run the command whose configuration this is; returns the exit code."""
     if isinstance(config, SmollmConfig | MergeConfig):
-        if isinstance(config, SmollmConfig):
-            folder = prepare_tokens(config)
-        else:
-            folder = shards.merge(config.parts, re.sub(r"-part-\d+-of-\d+$", "", str(Path(config.parts[0]))))
+        merging = isinstance(config, MergeConfig)
+        folder = shards.merge(config.parts, config.parts[0].rsplit("-part-", 1)[0]) if merging else prepare_tokens(config)
         print(describe_tokens(folder, shards.read_index(folder)))
         return 0
     if isinstance(config, InfoConfig):
         look = shards.verify if isinstance(config, VerifyConfig) else shards.read_index
         print(describe_tokens(config.path, look(config.path)))
         if isinstance(config, VerifyConfig):
-            print("every byte agrees with its sha256")
+            hashed = shards.read_index(config.path)["tokenizer"] is not None
+            print("every byte agrees with its sha256" if hashed else "sizes agree with the headers; there are no hashes to compare")
         return 0
     if isinstance(config, ExtractConfig):
         n = extract_archive(config.archive, config.output_dir, config.max_extract_mb)

@@ -26,6 +26,7 @@ EOT_LINE = "<|endoftext|>\n"
 CHUNK_DOCUMENTS, CHUNK_CHARS = 64, 1 << 20  # what one thread tokenises at once
 PIECE_CHARS = 1 << 20  # a text file without separators is read in pieces of this size
 HUB_TIMEOUT_S = 10
+GONE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # what waiting does not mend
 # Books are cut here, so that validation gets passages of them and not whole ones: 4,000 characters, on to a blank line.
 PASSAGE = re.compile(r"[\s\S]{4000}(?:[\s\S]{0,4000}?\n\n+|[^\n]*\n)?|[\s\S]+\Z")
 
@@ -39,8 +40,8 @@ def parse_subsets(subset: str | None) -> list[tuple[str | None, float]]:
         weights = [float(weight) if colon else 1.0 for _, colon, weight in parts]
     except ValueError as e:
         raise ValueError(f"--dataset_subset: {subset!r}: a weight is not a number; write cosmopedia-v2:0.7,fineweb-edu-dedup:0.3") from e
-    if not all(0 < w < float("inf") for w in weights) or not all(name for name, _, _ in parts):
-        raise ValueError(f"--dataset_subset: {subset!r}: each part needs a name and a weight above 0")
+    if not all(0 < w < float("inf") for w in weights) or sum(weights) == float("inf") or not all(name for name, _, _ in parts):
+        raise ValueError(f"--dataset_subset: {subset!r}: each part needs a name and a weight above 0, such as 0.7")
     return [(name, w / sum(weights)) for (name, _, _), w in zip(parts, weights, strict=True)]
 
 
@@ -62,10 +63,10 @@ def local_files(name: str, subset: str | None) -> list[Path] | None:
             raise ValueError(f"--dataset_subset: {root} has no folder {subset!r}; the folders in it are: {there}")
         root = folders[0]
     try:
-        files = (
-            [root] if not root.is_dir() else sorted(p for p in root.rglob("*") if p.is_file() and _kind(p) and not p.name.startswith("."))
-        )
-        files = [p for p in files if not (p.parent / "run.json").exists() and p.name != "report.json"]  # of a run, of a preparation
+        found = sorted(root.rglob("*")) if root.is_dir() else [root]
+        files = [p for p in found if p.is_file() and _kind(p) and not _hidden(p.relative_to(root)) and p.name != "report.json"]
+        written = {folder for p in files for folder in p.parents if _is_ours(folder)}
+        files = [p for p in files if not written & set(p.parents)]
     except OSError as e:
         raise ValueError(f"--dataset_name: {root}: {e.strerror}") from e
     kinds = [kind for kind in KINDS.values() if any(_kind(p) == kind for p in files)]
@@ -75,6 +76,15 @@ def local_files(name: str, subset: str | None) -> list[Path] | None:
     if kinds[0] == "text":  # the combined books of prep_dataset.py lie beside their raw files
         files = [p for p in files if re.fullmatch(r"combined_\d+\.txt", p.name) and (p.parent / "report.json").exists()] or files
     return [p for p in files if re.match(r"train\b", p.name)] or files
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a training run or a build of token shards wrote this folder: no text of anybody's."""
+    return (folder / "run.json").exists() or ((folder / "index.json").exists() and (folder / "tokenizer.json").exists())
 
 
 def _kind(path: Path) -> str | None:
@@ -112,9 +122,14 @@ class Corpus:
 
         self.name, self.subset, self.text_field = name, subset, text_field
         parts = parse_subsets(subset)
-        self.limited = max_documents is not None
+        self.limited, self.counted = max_documents is not None, False
+        # rows of text files are pieces of documents, so their reader does itself what counts documents
+        self.reader = {"whole": True} if len(parts) > 1 else {"limit": max_documents, "num_shards": num_shards, "shard_index": shard_index}
         streams = [self._open(part, streaming) for part, _ in parts]
         stream = streams[0]
+        if self.counted:
+            self.stream = stream
+            return
         if len(streams) > 1:
             # ends with the first subset that is used up: to go on would change the weights or repeat documents
             stream = datasets.interleave_datasets(streams, probabilities=[w for _, w in parts], seed=seed)
@@ -136,8 +151,14 @@ class Corpus:
         elif _kind(files[0]) == "text":
             if next(_read_text(files), None) is None:
                 raise ValueError(f"{self.name}: holds no documents; its {len(files)} text files are empty")
-            return datasets.IterableDataset.from_generator(_read_text, gen_kwargs={"files": [str(p) for p in files]})
+            names, self.counted = [str(p) for p in files], "whole" not in self.reader
+            # the library calls the reader anew for each file of a list; over a tuple it counts on
+            files = tuple(names) if self.reader.get("limit") or self.reader.get("num_shards", 1) > 1 else names
+            return datasets.IterableDataset.from_generator(_read_text, gen_kwargs={"files": files, **self.reader})
         else:
+            files = [p for p in files if p.stat().st_size]  # the library stumbles over empty ones
+            if not files:
+                raise ValueError(f"{self.name}: holds no documents; its files are empty")
             with _as_one_line(str(files[0].parent)):
                 stream = datasets.load_dataset(_kind(files[0]), data_files=[str(p) for p in files], split="train", streaming=True)
                 stream = stream.reshard()  # row group by row group: Arrow otherwise reads a whole parquet file ahead
@@ -225,42 +246,59 @@ def tokenise(rows, tokenizer, val_share: float) -> dict:
 
 @contextlib.contextmanager
 def _as_one_line(where: str):
-    """What the datasets library raises for unreadable data, as a ValueError that names the source."""
+    """
+    What the datasets library raises for unreadable data, as a ValueError that names the source; for a connection or a disk
+    that gave up, as an OSError, after which a build goes on.
+    """
     import datasets
     import pyarrow
 
     try:
         yield
-    except (OSError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as e:
+    except (OSError, UnicodeDecodeError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as e:
         cause = " ".join(str(e.__cause__ or e).split())[:200]
+        # Arrow's word for a damaged file is an OSError without a number
+        if isinstance(e, OSError) and (e.errno or isinstance(e, ConnectionError | TimeoutError)) and not isinstance(e, GONE):
+            raise OSError(f"{where}: cannot be read now ({cause}); run the same line again, it goes on from here") from e
         raise ValueError(f"{where}: cannot be read ({cause})") from e
 
 
-def _read_text(files):
+def _read_text(files, limit=None, num_shards: int = 1, shard_index: int = 0, whole: bool = False):
     """
     {"text", "starts", "ends"} of text files: documents stand between lines `<|endoftext|>`, else each file is one.
 
-    A long document comes in pieces, cut behind a blank line where there is one. Raises ValueError naming a file that is no UTF-8 text.
+    A long document comes in pieces, cut behind a blank line where there is one, or `whole`. Of the first `limit` documents
+    every num_shards-th is taken. Raises ValueError naming a file that is no UTF-8 text.
     """
+    n, longest = 0, float("inf") if whole else PIECE_CHARS
     for name in files:
         try:
             with open(name, encoding="utf-8-sig") as f:
-                kept, n_chars, starts = [], 0, True
-                while line := f.readline(PIECE_CHARS):
-                    if "\0" in line:
-                        raise ValueError(f"{name}: a binary file (it has NUL bytes); take it out")
-                    if line == EOT_LINE or line + "\n" == EOT_LINE:
-                        yield from _last_piece(kept, starts)
-                        kept, n_chars, starts = [], 0, True
-                        continue
-                    if n_chars >= PIECE_CHARS and (not kept[-1].strip() or n_chars >= 2 * PIECE_CHARS):
-                        yield {"text": "".join(kept), "starts": starts, "ends": False}
-                        kept, n_chars, starts = [], 0, False
-                    kept.append(line)
-                    n_chars += len(line)
-                yield from _last_piece(kept, starts)
+                for piece in _pieces(f, name, longest):
+                    if limit is not None and n >= limit:
+                        return
+                    if n % num_shards == shard_index:
+                        yield piece
+                    n += piece["ends"]
         except UnicodeDecodeError as e:
             raise ValueError(f"{name}: not UTF-8 text ({e.reason}); convert it, or let prep_dataset.py gutenberg find its encoding") from e
+
+
+def _pieces(f, name, longest: float):
+    kept, n_chars, starts = [], 0, True
+    while line := f.readline(PIECE_CHARS):
+        if "\0" in line:
+            raise ValueError(f"{name}: a binary file (it has NUL bytes); take it out")
+        if line == EOT_LINE or line + "\n" == EOT_LINE:
+            yield from _last_piece(kept, starts)
+            kept, n_chars, starts = [], 0, True
+            continue
+        if n_chars >= longest and (not kept[-1].strip() or n_chars >= 2 * longest):
+            yield {"text": "".join(kept), "starts": starts, "ends": False}
+            kept, n_chars, starts = [], 0, False
+        kept.append(line)
+        n_chars += len(line)
+    yield from _last_piece(kept, starts)
 
 
 def _last_piece(kept: list[str], starts: bool):

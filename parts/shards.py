@@ -16,6 +16,7 @@ works at a time, the others wait.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -160,8 +161,9 @@ def build(target, tokenizer, chunks, tokenise, facts: dict, n_threads: int, prog
                 e.filename = str(part)
             if isinstance(e, ValueError):  # bad data: nothing to go on from
                 shutil.rmtree(part, ignore_errors=True)
-            elif not isinstance(e, OSError):
-                _write_note(part, tokenizer.fingerprint, last, writers)
+            else:
+                with contextlib.suppress(OSError):  # a full disk; the note before stays
+                    _write_note(part, tokenizer.fingerprint, last, writers)
             raise
         finally:
             source.close()
@@ -226,8 +228,9 @@ def merge(parts, target) -> Path:
     One folder of the shards that several machines built; returns `target`. Raises ValueError where a part is
     missing, doubled, or was built with other settings.
     """
-    folders, target = [Path(p) for p in parts], Path(target)
-    indexes = [read_index(folder) for folder in folders]
+    target = Path(target)
+    pairs = [(Path(p), read_index(p)) for p in parts]
+    folders, indexes = zip(*sorted(pairs, key=lambda pair: pair[1]["source"].get("shard_index", 0)), strict=True)
     sources = [dict(index["source"]) for index in indexes]
     wanted, have = sources[0].get("num_shards", 1), sorted(source.pop("shard_index", 0) for source in sources)
     if have != list(range(wanted)):

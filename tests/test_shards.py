@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from conftest import ROOT, one_error_line, run, shared
 from parts import corpus, shards
 from parts.batches import TrainBatches, val_batches
 from parts.shards import Shards, read_index
-from parts.tokenizers import byte_tokenizer
+from parts.tokenizers import byte_tokenizer, make_tokenizer
 from prep_dataset import SmollmConfig, prepare_tokens
 
 WORDS = "the old man and a small dog went down to the sea where ships of every kind lay still in the light".split()
@@ -251,6 +252,103 @@ def test_damage_is_named_by_verify_and_by_the_first_read(source, tmp_path, how):
         train.read(0, 0, len(train.tokens[0]))
 
 
+def long_texts(tmp_path):
+    """Two documents of numbered lines, several pieces each."""
+    path = tmp_path / "long.txt"
+    texts = ["".join(f"{letter} line {i}\n" + "\n" * (i % 50 == 0) for i in range(90_000)) for letter in "abc"]
+    path.write_text("<|endoftext|>\n".join(texts), encoding="utf-8")
+    return path, [t.strip("\n") for t in texts]
+
+
+def test_long_documents_stay_whole_when_machines_share_them(tmp_path):
+    path, texts = long_texts(tmp_path)
+    parts = [prepare(path, tmp_path, val_share=1e-9, num_shards=2, shard_index=i) for i in range(2)]
+    assert [texts_in(part, "train") for part in parts] == [[texts[0], texts[2]], [texts[1]]]
+    assert texts_in(prepare(path, tmp_path, val_share=1e-9, max_documents=2), "train") == texts[:2]
+
+
+def test_long_documents_stay_whole_in_a_mixture(tmp_path):
+    path, texts = long_texts(tmp_path)
+    for name in ("one", "two"):
+        (tmp_path / f"mix/{name}").mkdir(parents=True)
+        (tmp_path / f"mix/{name}/a.txt").write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    folder = prepare(tmp_path / "mix", tmp_path, val_share=1e-9, dataset_subset="one:0.5,two:0.5")
+    assert set(texts_in(folder, "train")) <= set(texts)
+
+
+def test_parts_may_be_named_in_any_order(source, tmp_path):
+    parts = [prepare(source, tmp_path, dataset_subset="one", num_shards=3, shard_index=i) for i in range(3)]
+    merged = [shards.merge(order, tmp_path / name) for name, order in (("a", parts), ("b", parts[::-1]))]
+    assert shards.content_hash(read_index(merged[0])) == shards.content_hash(read_index(merged[1]))
+
+
+def test_a_connection_that_breaks_leaves_what_is_done_and_the_same_line_goes_on(source, tmp_path, monkeypatch):
+    straight = prepare(source, tmp_path, dataset_subset="one", cache_dir=str(tmp_path / "straight"))
+    monkeypatch.setattr(corpus, "CHUNK_DOCUMENTS", 8)
+    pieces, broken = corpus.Corpus.chunks, []
+
+    def breaks_once(self, state):
+        class Stream:
+            def __iter__(inner):
+                for i, row in enumerate(stream):
+                    if i == 100 and not broken:
+                        broken.append(state)
+                        raise ConnectionError("Connection reset by peer")
+                    yield row
+
+            def __getattr__(inner, name):
+                return getattr(stream, name)
+
+        stream, self.stream = self.stream, Stream()
+        yield from pieces(self, state)
+        resumed.append(state)
+
+    resumed = []
+    monkeypatch.setattr(corpus.Corpus, "chunks", breaks_once)
+    with pytest.raises(OSError, match=r"cannot be read now \(Connection reset by peer\); run the same line again") as e:
+        prepare(source, tmp_path, dataset_subset="one")
+    assert not isinstance(e.value, ConnectionError | FileNotFoundError) and broken
+    folder = prepare(source, tmp_path, dataset_subset="one")
+    assert resumed[0] is not None, "it began anew"
+    assert shards.content_hash(read_index(folder)) == shards.content_hash(read_index(straight))
+
+
+def test_what_runs_and_builds_wrote_is_no_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "book.jsonl", documents(50))
+    assert prepare(".", tmp_path, cache_dir="token_cache") == prepare(".", tmp_path, cache_dir="token_cache")
+    (tmp_path / "runs/a/checkpoints/step_1").mkdir(parents=True)
+    (tmp_path / "runs/a/run.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "runs/a/checkpoints/step_1/MANIFEST.json").write_text("{}", encoding="utf-8")
+    assert corpus.local_files(".", None) == [Path("book.jsonl")]
+
+
+def test_a_folder_with_a_tokenizer_is_told_apart_by_its_content(source, tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/tokenizer.json").write_bytes(byte_tokenizer().to_json())
+    first = prepare(source, tmp_path, dataset_subset="one", tokenizer=str(tmp_path / "tokenizer"))
+    other = make_tokenizer("bpe:300", documents(50))
+    (tmp_path / "tokenizer/tokenizer.json").write_bytes(other.to_json())
+    second = prepare(source, tmp_path, dataset_subset="one", tokenizer=str(tmp_path / "tokenizer"))
+    assert first != second and read_index(second)["tokenizer"]["fingerprint"] == other.fingerprint
+
+
+@pytest.mark.parametrize("setting", [{"tokenizer": "bpe:300"}, {"max_documents": 10}, {"val_share": 0.5}, {"text_field": "body"}], ids=str)
+def test_a_setting_that_ready_made_shards_cannot_follow_is_refused(source, tmp_path, setting):
+    made = prepare(source, tmp_path, dataset_subset="one")
+    assert prepare_tokens(SmollmConfig(dataset_name=str(made))) == made == prepare(made, tmp_path)
+    with pytest.raises(ValueError, match=f"--{next(iter(setting))}: .* is ready-made with"):
+        prepare_tokens(SmollmConfig(dataset_name=str(made), **setting))
+
+
+def test_verify_claims_no_hashes_where_there_are_none(tmp_path):
+    (tmp_path / "pub").mkdir()
+    for name in ("x_train_000.bin", "x_val_000.bin"):
+        (tmp_path / "pub" / name).write_bytes(shards._header(4, np.uint16) + np.arange(4, dtype=np.uint16).tobytes())
+    out = run("prep_dataset.py", "verify", "--path", "pub", cwd=tmp_path).stdout
+    assert "no hashes to compare" in out and "sha256" not in out
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -260,6 +358,7 @@ def test_damage_is_named_by_verify_and_by_the_first_read(source, tmp_path, how):
         ({"dataset_subset": "one", "text_field": "n"}, "holds int"),
         ({"dataset_subset": "one:x"}, "a weight is not a number"),
         ({"dataset_subset": "one:0.5,:0.5"}, "needs a name"),
+        ({"dataset_subset": "one:1e308,two:1e308"}, "a weight above 0"),
         ({"dataset_subset": "one", "val_share": 0.0}, "--val_share 0.0"),
         ({"dataset_subset": "one", "num_shards": 2, "shard_index": 2}, "--shard_index 2"),
     ],
@@ -284,6 +383,10 @@ def test_unreadable_files_are_named(tmp_path):
     (tmp_path / "data/c.txt").write_text(" \n", encoding="utf-8")
     with pytest.raises(ValueError, match="c.txt: holds no documents"):
         prepare(tmp_path / "data/c.txt", tmp_path)
+    for data, what in ((b"", "holds no documents"), (b'{"text": "a"}\n{"text": "\xff\xfe"}\n', "d.jsonl: cannot be read")):
+        (tmp_path / "data/d.jsonl").write_bytes(data)
+        with pytest.raises(ValueError, match=what):
+            prepare(tmp_path / "data/d.jsonl", tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty has no .parquet"):
         prepare(tmp_path / "empty", tmp_path)
