@@ -20,6 +20,8 @@ from typing import Annotated, NoReturn, Union
 
 import tyro
 
+MAX_YAML_CHARS = 1 << 20
+
 
 def parse(config_class, argv=None, notes: str = ""):
     """
@@ -40,7 +42,7 @@ def parse(config_class, argv=None, notes: str = ""):
     else:
         tyro_type, classes = config_class, [config_class]
     default = {}
-    if "config" in getattr(config_class, "__dataclass_fields__", {}) and (path := _value_of("--config", argv)):
+    if "config" in getattr(config_class, "__dataclass_fields__", {}) and (path := _value_of("--config", argv)) is not None:
         default = {"default": from_yaml(config_class, path)}
     printed = io.StringIO()
     try:
@@ -54,12 +56,11 @@ def parse(config_class, argv=None, notes: str = ""):
 
 
 def _value_of(flag: str, argv) -> str | None:
-    for i, word in enumerate(argv):
-        if word == flag and i + 1 < len(argv):
-            return argv[i + 1]
-        if word.startswith(f"{flag}="):
-            return word.partition("=")[2]
-    return None
+    values = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == flag]
+    values += [word.partition("=")[2] for word in argv if word.startswith(f"{flag}=")]
+    if len(values) > 1:
+        _refuse([f"{flag}: stands {len(values)} times ({', '.join(values)}); give one file"])
+    return values[0] if values else None
 
 
 def from_yaml(config_class, path: str):
@@ -68,10 +69,12 @@ def from_yaml(config_class, path: str):
 
     try:
         with open(path, encoding="utf-8") as f:
-            text = f.read(1 << 20)
+            text = f.read(MAX_YAML_CHARS + 1)
+        if len(text) > MAX_YAML_CHARS:
+            raise ValueError(f"longer than {MAX_YAML_CHARS:,} characters")
         values = yaml.safe_load(text)
     except OSError as e:
-        _refuse([f"--config: {path}: {e.strerror}"])
+        _refuse([f"--config: {path or 'is empty'}: {e.strerror}"])
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as e:
         _refuse([f"{path}: not readable as YAML ({' '.join(str(e).split())[:200]}); write lines such as max_lr: 5e-4"])
     if not isinstance(values, dict) and values is not None:
@@ -83,7 +86,7 @@ def from_yaml(config_class, path: str):
             continue
         try:
             done[name] = _converted(value, types[name])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             shown = repr(value)[:50] if isinstance(value, str | int | float | bool | None) else type(value).__name__
             kind = getattr(types[name], "__name__", str(types[name])).replace("NoneType", "nothing").replace("typing.", "")
             problems.append(f"{path}: {name}: {shown} is not of type {kind}")

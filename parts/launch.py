@@ -16,9 +16,15 @@ import time
 BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
+def _on_requests(handler) -> None:
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), handler)
+
+
 def quiet_ctrl_c() -> None:
-    """From now on Ctrl-C leaves at once with 130 and no traceback. For the seconds in which torch is imported."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    """From now on a request to stop leaves at once, with its exit code and no traceback. For the seconds in which torch is imported."""
+    _on_requests(lambda number, _: os._exit(130 if number == signal.SIGINT else 75))
 
 
 def error_line(e: BaseException) -> str:
@@ -26,6 +32,8 @@ def error_line(e: BaseException) -> str:
     if isinstance(e, OSError) and e.strerror:
         way_out = "; free some space and run the same line again" if e.errno == errno.ENOSPC else ""
         return (f"{e.filename}: {e.strerror}" if e.filename else e.strerror) + way_out
+    if isinstance(e, MemoryError):
+        return "out of memory; lower --batch_size or --context_length, or take a smaller model"
     return " ".join(str(e).split()) or type(e).__name__
 
 
@@ -36,8 +44,8 @@ def run_script(main) -> None:
     What people can cause is printed as one line, `error: ...`, with exit code 2 (bad input) or 1 (the run failed);
     --debug on the command line adds the traceback. Other exceptions are bugs of ours and keep theirs.
     """
+    _on_requests(lambda *_: sys.exit(75))  # an exception, so that whatever is half done is cleaned up
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))  # an exception, so that whatever is half done is cleaned up
     sys.stdout.reconfigure(errors="replace")  # a sample may hold what the console cannot show
     try:
         code = main()
