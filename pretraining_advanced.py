@@ -153,6 +153,10 @@ def check(config: TrainConfig) -> None:
             continue
         if not (0 if name in MAY_BE_ZERO else 1e-300) <= value < math.inf or (name == "dropout" and value >= 1):
             raise ValueError(f"--{name}: {value} is out of range; give a positive number")
+    if config.run_name in ("", ".", "..") or config.output_dir == "":
+        raise ValueError(
+            "--run_name: is empty; give the run a name of its own" if config.output_dir != "" else "--output_dir: is empty text"
+        )
     if config.seed >= 2**32:
         raise ValueError(f"--seed: {config.seed} does not fit into 32 bits")
     names = [name for name in config.allow_change.split(",") if name]
@@ -261,11 +265,15 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
                 enough_disk(run_dir, config, job)
                 stack.enter_context(checkpoint.claimed(run_dir, afresh=config.resume == "never"))
                 found = find_checkpoint(config, run_dir)
-                state, weights, optimizer_tensors = read_checkpoint(found, config, job, parallel.world) if found else ({}, {}, {})
-        # only rank 0 needs to see the disk
-        state, tensors = parallel.share(state if master else None, {**weights, **optimizer_tensors} if master else None)
+                state, tensors = read_checkpoint(found, config, job) if found else ({}, {})
+        state, tensors = parallel.share(state if master else None, tensors if master else None)  # only rank 0 needs to see the disk
         with parallel.agree():
             rows_per_step, accum = share_out(config, state, job, parallel)
+            resolve_length(config, state.get("config", {}), job, rows_per_step)
+            if state:
+                must_agree(state, config, job, rows_per_step)
+            if master:
+                checkpoint.clear_leftovers(run_dir)
             max_steps = config.max_steps
             if config.compile and (why := why_no_compiler(parallel.device)):
                 say(f"--compile is off: no compiler works here ({why})", parallel)
@@ -280,18 +288,24 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
                 job.model.load_state_dict({name: tensors.pop(name) for name in job.model.state_dict()})
             wrap = (config.activation_checkpointing, config.compile)
             model, optimizer = parallel.prepare(job.model, job.blocks, make_optimizer, *wrap)
-            if state:
+            if state and all(state["config"][name] == getattr(config, name) for name in ("optimizer", "galore_rank")):
                 optimizer.load_state_dict(tensors, state["optimizer_numbers"])
+            elif state:
+                say("another --optimizer or --galore_rank than before: what the optimizer remembers begins anew", parallel)
+            if state:
                 job.train_batches.load_state_dict(state["data_cursor"])
                 parallel.loss_scale = parallel.loss_scale and (state["loss_scale"] or parallel.loss_scale)
         step, tokens, best = state.get("step", 0), state.get("tokens", 0), state.get("best")
         if state:
-            say(f"resumed from step {step} ({found})" if master else "", parallel)
+            say(f"resumed from step {step} ({found})", parallel)
         tell_what_runs(job, config, parallel, rows_per_step, accum)
 
         journal = sampled = None
         if master:
             wandb_id = start_run(run_dir, job, config, parallel)
+            if not (found and found.resolve().is_relative_to(run_dir.resolve())):
+                for name in ("metrics.jsonl", "samples.txt"):  # of an attempt that no checkpoint is left of
+                    (run_dir / name).unlink(missing_ok=True)
             sampled = checkpoint.trim_samples(run_dir / "samples.txt", step)
             wandb = {
                 "project": config.wandb_project,
@@ -306,6 +320,7 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
         record = dict(parallel.share(journal.last if master else None, {})[0])  # of the step that we stand at, perhaps not complete
         saved, saved_at, plotted_at = (step, time.monotonic(), time.monotonic()) if state else (None, time.monotonic(), time.monotonic())
         stopping = save_now = failed = False
+        unreadable = None  # why there is no next batch
         batches = Prefetch(job.train_batches, parallel.device)
         stack.callback(batches.close)
         feed, speed = iter(batches), Speed(job.flops_per_token, peak_flops(parallel.device, parallel.dtype), parallel.world)
@@ -327,12 +342,12 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
                 if master and sampled != step and not stop:
                     sample(job, run_dir, step, parallel, stop)
                 stopping = parallel.all_sum([float(bool(stop))])[0] > 0  # here, so that a sample left out is made after the resume
-            if master:
+            if master and not unreadable:
                 journal.write(record)
             due = step % config.save_ckpt_freq == 0 or last or stopping or save_now
+            if (due or saved == step) and "val_loss" in record and (best is None or record["val_loss"] < best["val_loss"]):
+                best = {"step": step, "val_loss": record["val_loss"]}
             if due and step and saved != step:
-                if "val_loss" in record and (best is None or record["val_loss"] < best["val_loss"]):
-                    best = {"step": step, "val_loss": record["val_loss"]}
                 if master:
                     journal.flush()
                     failed = not save(job, optimizer, config, parallel, run_dir, step, state | {"best": best, "wandb_id": wandb_id})
@@ -346,8 +361,15 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
 
             # one step: the same rows whatever the number of ranks, one division by the targets of all of them
             speed.start()
-            micro_batches = list(itertools.islice(feed, accum))  # [(batch, targets in it, place behind it)]
-            n_targets = max(1.0, parallel.all_sum([sum(n for _, n, _ in micro_batches)])[0])
+            try:
+                micro_batches = list(itertools.islice(feed, accum))  # [(batch, targets in it, place behind it)]
+            except (ValueError, OSError) as e:  # damaged shards: save what there is, then end
+                micro_batches, unreadable = [], error_line(e)
+            n_targets, n_unreadable = parallel.all_sum([sum(n for _, n, _ in micro_batches), float(unreadable is not None)])
+            if n_unreadable:
+                stopping, unreadable = True, unreadable or "the text cannot be read on another rank"
+                continue
+            n_targets = max(1.0, n_targets)
             lr = learning_rate(step, config.schedule, config.max_lr, config.min_lr, config.warmup_steps, max_steps)
             optimizer.set_lr(lr)
             total = torch.zeros((), device=parallel.device)
@@ -382,6 +404,8 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
 
     if failed:
         raise OSError(f"{run_dir}: the last step could not be saved, see the warning above")
+    if unreadable:
+        raise RuntimeError(unreadable)
     if stopping:
         say(f"stopped at step {step}; the same line goes on from there", parallel)
         return stop.exit_code or 75
@@ -443,20 +467,23 @@ def save(job: Job, optimizer: Optimizer, config: TrainConfig, parallel: Parallel
 
 def find_checkpoint(config: TrainConfig, run_dir: Path) -> Path | None:
     """The checkpoint folder to go on from, None to begin. Raises FileNotFoundError or ValueError."""
-    own = checkpoint.list_checkpoints(run_dir)
-    if config.resume not in ("auto", "never"):
-        path = Path(config.resume)
-        if not path.exists():
-            raise FileNotFoundError(f"--resume: {path} does not exist; give a run folder or a checkpoint folder, or leave it out")
-        wanted = checkpoint.newest_checkpoint(path)
-        if not own or path.resolve().is_relative_to(run_dir.resolve()):
-            return wanted
-        print(f"{run_dir} has checkpoints of its own: going on from there, not from --resume {path}", flush=True)
-    return checkpoint.newest_checkpoint(run_dir) if own else None
+    own = checkpoint.newest_checkpoint(run_dir) if checkpoint.list_checkpoints(run_dir) else None
+    if config.resume in ("auto", "never"):
+        return own
+    path = Path(config.resume)
+    if not path.exists():
+        raise FileNotFoundError(f"--resume: {path} does not exist; give a run folder or a checkpoint folder, or leave it out")
+    wanted = checkpoint.newest_checkpoint(path)
+    if own and own.resolve() != wanted.resolve():  # so that the same line goes on after a stop
+        print(
+            f"{run_dir} has checkpoints of its own: going on from there, not from --resume {path}; that takes another --run_name",
+            flush=True,
+        )
+    return own or wanted
 
 
-def read_checkpoint(folder: Path, config: TrainConfig, job: Job, world: int) -> tuple[dict, dict, dict]:
-    """(state, weights, optimizer tensors) of a verified checkpoint that fits this run. Raises ValueError listing what does not."""
+def read_checkpoint(folder: Path, config: TrainConfig, job: Job) -> tuple[dict, dict]:
+    """(state, tensors of model and optimizer) of a verified checkpoint of the same model. Raises ValueError where it is another."""
     weights, state = checkpoint.load_checkpoint(folder)
     if state.get("script") != "pretraining_advanced.py":
         raise ValueError(
@@ -464,7 +491,6 @@ def read_checkpoint(folder: Path, config: TrainConfig, job: Job, world: int) -> 
         )
     if checkpoint.step_of(folder) != state["step"] and folder.name.startswith("step_"):
         raise ValueError(f"{folder}: holds step {state['step']}, its name says otherwise; it is damaged, use another checkpoint")
-    allowed, differs = config.allow_change.split(","), []
     then, now = state["model_config"], job.facts["model_config"]
     if fixed := [
         f"{k} {then.get(k)} then, {now.get(k)} now" for k in sorted({*then, *now}) if then.get(k) != now.get(k) and k != "dropout"
@@ -474,25 +500,32 @@ def read_checkpoint(folder: Path, config: TrainConfig, job: Job, world: int) -> 
         raise ValueError(
             f"{folder}: was trained with another --tokenizer, whose ids mean other text; give the same one, or another --run_name"
         )
-    saved = state["config"]
+    return {**state, "folder": str(folder)}, {**weights, **checkpoint.load_tensors(folder / "optimizer.safetensors")}
+
+
+def must_agree(state: dict, config: TrainConfig, job: Job, rows_per_step: int) -> None:
+    """Raises ValueError listing every setting that was another one when the checkpoint was written and may not change silently."""
+    allowed, differs = config.allow_change.split(","), []
+    allowed += ["min_lr"] if "max_lr" in allowed else []  # a tenth of it, unless it is given
+    saved, now = (
+        {**asdict(TrainConfig()), **state["config"]},
+        job.facts["model_config"],
+    )  # what an older version did not know was as by default
     if state["data"] != job.facts["data"]:
         names = [name for name in DATA if saved.get(name) != getattr(config, name)] or ["dataset_name"]
         differs += [f"{name} (other text)" for name in names if name not in allowed]
     for name, value in asdict(config).items():
-        if name not in (*FREE, *DATA, *allowed) and name not in now and saved.get(name) != value:
+        in_model = name in now and name != "dropout"
+        if name not in (*FREE, *DATA, *allowed) and not in_model and saved.get(name) != value:
             differs.append(f"{name} {saved.get(name)} then, {value} now")
-    same_flags = all(saved[name] == getattr(config, name) for name in ("batch_size", "grad_accum_steps"))
-    rows = config.batch_size * config.grad_accum_steps * world
-    if rows != state["rows_per_step"] and not same_flags and not {"batch_size", "grad_accum_steps"} & set(allowed):
-        differs.append(f"rows per step {state['rows_per_step']} then, {rows} now (batch_size x grad_accum_steps x processes)")
+    if rows_per_step != state["rows_per_step"] and not {"batch_size", "grad_accum_steps"} & set(allowed):
+        differs.append(f"rows per step {state['rows_per_step']} then, {rows_per_step} now (batch_size x grad_accum_steps x processes)")
     if differs:
         names = ",".join(text.split()[0] for text in differs).replace("rows", "batch_size")
-        raise ValueError(f"{folder}: other settings than now: {'; '.join(differs)}; give the same ones, or --allow_change {names}")
+        raise ValueError(f"{state['folder']}: other settings than now: {'; '.join(differs)}; give the same ones, or --allow_change {names}")
     if state["step"] > config.max_steps:
-        raise ValueError(
-            f"--max_steps: {config.max_steps} lies before step {state['step']} of {folder}; give a larger number, or another --run_name"
-        )
-    return state, weights, checkpoint.load_tensors(folder / "optimizer.safetensors")
+        what = f"{config.max_steps} lies before step {state['step']} of {state['folder']}"
+        raise ValueError(f"--max_steps: {what}; give a larger number, or another --run_name")
 
 
 def share_out(config: TrainConfig, state: dict, job: Job, parallel: Parallel) -> tuple[int, int]:
@@ -502,7 +535,8 @@ def share_out(config: TrainConfig, state: dict, job: Job, parallel: Parallel) ->
     """
     B, world = config.batch_size, parallel.world
     rows_per_step, allowed = B * config.grad_accum_steps * world, config.allow_change.split(",")
-    if state and rows_per_step != state["rows_per_step"] and not {"batch_size", "grad_accum_steps"} & set(allowed):
+    same_flags = state and all(state["config"][name] == getattr(config, name) for name in ("batch_size", "grad_accum_steps"))
+    if same_flags and rows_per_step != state["rows_per_step"] and not {"batch_size", "grad_accum_steps"} & set(allowed):
         rows_per_step = state["rows_per_step"]
         if rows_per_step % (B * world):
             what = f"the resumed run has {rows_per_step} rows per step, which {world} processes with --batch_size {B} cannot share evenly"
@@ -513,20 +547,22 @@ def share_out(config: TrainConfig, state: dict, job: Job, parallel: Parallel) ->
     return rows_per_step, rows_per_step // (B * world)
 
 
-def resolve_length(config: TrainConfig, job: Job, parallel: Parallel) -> None:
-    """Fill in max_steps, min_lr and warmup_steps where they are None. Raises ValueError where the text is too short."""
-    rows_per_step = config.batch_size * config.grad_accum_steps * parallel.world
+def resolve_length(config: TrainConfig, saved: dict, job: Job, rows_per_step: int) -> None:
+    """
+    Fill in max_steps, min_lr and warmup_steps where they are None; a resumed run (its `saved` settings) keeps its warmup,
+    and its min_lr with its max_lr. Raises ValueError where the text is too short.
+    """
     if config.max_steps is None or config.n_epochs is not None:
         n_windows = job.train_batches.n_windows
-        by_epochs = int((config.n_epochs or 1) * n_windows) // rows_per_step
+        by_epochs = int(min((config.n_epochs or 1) * n_windows, 2**62)) // rows_per_step
         if by_epochs == 0:
             what = f"{n_windows} windows of {config.context_length} tokens are fewer than one step of {rows_per_step} rows"
             raise ValueError(f"--dataset_name: {what}; give more text, or a smaller --batch_size or --context_length")
         config.max_steps = min(by_epochs, config.max_steps or by_epochs)
     if config.min_lr is None:
-        config.min_lr = config.max_lr / 10
+        config.min_lr = saved["min_lr"] if saved.get("max_lr") == config.max_lr else config.max_lr / 10
     if config.warmup_steps is None:
-        config.warmup_steps = min(2000, config.max_steps // 10)
+        config.warmup_steps = saved.get("warmup_steps", min(2000, config.max_steps // 10))
 
 
 def enough_disk(run_dir: Path, config: TrainConfig, job: Job) -> None:
@@ -546,10 +582,9 @@ def enough_disk(run_dir: Path, config: TrainConfig, job: Job) -> None:
 
 def start_run(run_dir: Path, job: Job, config: TrainConfig, parallel: Parallel) -> str:
     """Write run.json; returns wandb's id of the run, which a resumed run keeps."""
-    path = run_dir / "run.json"
-    with contextlib.suppress(OSError, ValueError):
-        wandb_id = json.loads(path.read_text(encoding="utf-8")).get("wandb_id")
-    wandb_id = locals().get("wandb_id") or secrets.token_hex(4)
+    path, wandb_id = run_dir / "run.json", secrets.token_hex(4)
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        wandb_id = str(json.loads(path.read_text(encoding="utf-8"))["wandb_id"])
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     start = (
         [Path(sys.executable).name] if parallel.world == 1 else ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
@@ -603,7 +638,6 @@ def main(config: TrainConfig) -> int:
         say(f"{device}, {parallel.world} process{'es' if parallel.world > 1 else ''}, {config.dtype}: {why}", parallel)
         with parallel.agree():
             job = gpt_job(config)
-            resolve_length(config, job, parallel)
         return train(job, config, parallel)
 
 

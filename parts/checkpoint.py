@@ -122,10 +122,8 @@ def save_checkpoint(run_dir, step: int, tensors: dict, state: dict, files: dict[
 @contextlib.contextmanager
 def claimed(run_dir, afresh: bool):
     """
-    The run folder for this process alone, emptied of what an attempt that was killed left half done. With `afresh` an
-    earlier run in it is moved aside. A folder made for a run that then could not begin goes away again.
-
-    Raises ValueError where it cannot be had.
+    The run folder for this process alone. With `afresh` an earlier run in it is moved aside. Where the run then does not
+    begin, so that there is no run.json, nothing of ours is left in it. Raises ValueError where it cannot be had.
     """
     from filelock import Timeout
 
@@ -140,8 +138,6 @@ def claimed(run_dir, afresh: bool):
             if earlier := move_aside(run_dir):
                 print(f"the earlier run is kept as {earlier}", flush=True)
             lock = _lock(run_dir)
-        for part in (*run_dir.glob("*.part"), *run_dir.glob("checkpoints/.step_*.part")):
-            shutil.rmtree(part) if part.is_dir() else part.unlink()
     except Timeout as e:
         raise ValueError(f"--output_dir: {run_dir} belongs to a run that is going on; wait for it, or choose another --run_name") from e
     except OSError as e:
@@ -149,9 +145,19 @@ def claimed(run_dir, afresh: bool):
     try:
         yield
     finally:
+        if not (run_dir / "run.json").exists():
+            (run_dir / ".lock").unlink(missing_ok=True)
         lock.release()
-        if created and not any(p.name != ".lock" for p in run_dir.iterdir()):
-            shutil.rmtree(run_dir, ignore_errors=True)
+        if created and not any(run_dir.iterdir()):
+            run_dir.rmdir()
+
+
+def clear_leftovers(run_dir) -> None:
+    """Delete what an attempt that was killed left half written, by its names: other files in the folder are the user's."""
+    for name in ("run.json", "metrics.jsonl", "samples.txt", "loss.png"):
+        (Path(run_dir) / f"{name}.part").unlink(missing_ok=True)
+    for part in Path(run_dir).glob("checkpoints/.step_*.part"):
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
 def _lock(run_dir: Path):
@@ -176,12 +182,13 @@ def trim_samples(path: Path, step: int) -> int | None:
     """Take samples behind `step` out of samples.txt (an attempt that was killed made them); returns the step of the last one left."""
     if not path.exists():
         return None
-    sections = path.read_text(encoding="utf-8", errors="replace").split("--- step ")[1:]
-    numbered = [(int(first), text) for text in sections if (first := text.split("\n")[0]).isdecimal()]
-    kept = [(n, text) for n, text in numbered if n <= step]
-    if len(kept) < len(sections):
-        write_file(path, "".join(f"--- step {text}" for _, text in kept).encode())
-    return kept[-1][0] if kept else None
+    text = path.read_text(encoding="utf-8", errors="replace")
+    heads = list(re.finditer(r"^--- step (\d+)$", text, re.MULTILINE))
+    behind = next((head for head in heads if int(head[1]) > step), None)
+    if behind:
+        write_file(path, text[: behind.start()].encode())
+    kept = heads[: heads.index(behind)] if behind else heads
+    return int(kept[-1][1]) if kept else None
 
 
 def list_checkpoints(run_dir) -> list[Path]:

@@ -35,6 +35,7 @@ PEAK_FLOPS = {
     "T4": 65e12,
 }
 HISTOGRAM_BINS = 64
+FIGURES = ("tokens", "train_loss", "val_loss", "lr", "grad_norm")  # of a record; what is no number there is damage
 
 
 def peak_flops(device, dtype) -> float | None:
@@ -141,14 +142,15 @@ class Journal:
 
 
 def read_metrics(run_dir):
-    """The records of a run's metrics.jsonl, in order; a torn last line is left out."""
+    """The records of a run's metrics.jsonl, in order; a torn line is left out."""
     path = Path(run_dir) / "metrics.jsonl"
     if path.exists():
         with open(path, encoding="utf-8", errors="replace") as f:
             for line in f:
                 with contextlib.suppress(ValueError):
                     record = json.loads(line)
-                    if isinstance(record, dict) and isinstance(record.get("step"), int):
+                    numbers = isinstance(record, dict) and all(isinstance(record.get(k, 0), int | float | None) for k in FIGURES)
+                    if numbers and isinstance(record.get("step"), int):
                         yield record
 
 

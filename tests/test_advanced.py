@@ -104,31 +104,28 @@ def tensors(folder, file="model.safetensors") -> dict:
 
 
 # (ranks, accumulation, rows per micro-batch): eight rows a step, in every way
-GENTLE = {"max_grad_norm": 0, "max_lr": 3e-4}
+GENTLE = {"max_grad_norm": 0, "max_lr": 1e-4, "save_ckpt_freq": 1, "keep_last": 99}
 WAYS = [(1, 1, 8), (1, 2, 4), (1, 4, 2), (2, 1, 4), (2, 2, 2), (4, 1, 2), (4, 2, 1)]
 
 
 @pytest.fixture(scope="module")
 def one_batch(home):
     """One big batch on one process: what every other arrangement must equal."""
-    return {steps: train(home, f"big{steps}", batch_size=8, max_steps=steps, **GENTLE) for steps in (1, 20)}
+    return train(home, "big", batch_size=8, **GENTLE)
 
 
 @pytest.mark.parametrize(("world", "accumulation", "rows"), WAYS[1:])
 def test_ranks_and_accumulation_are_one_big_batch(home, one_batch, world, accumulation, rows):
-    settings = {"batch_size": rows, "grad_accum_steps": accumulation, **GENTLE}
-    name = f"ways{world}{accumulation}{rows}"
-    first = train(home, f"{name}first", world, max_steps=1, **settings)
-    ours, theirs = (tensors(f, "optimizer.safetensors") for f in (first, one_batch[1]))
+    folder = train(home, f"ways{world}{accumulation}{rows}", world, batch_size=rows, grad_accum_steps=accumulation, **GENTLE)
+    ours, theirs = (load_tensors(f / "checkpoints/step_000001/optimizer.safetensors") for f in (folder, one_batch))
     for key in (key for key in theirs if key.endswith("|exp_avg")):  # after one step a tenth of the gradient
         assert torch.allclose(10 * ours[key], 10 * theirs[key], atol=1e-6, rtol=1e-6), key
-    folder = train(home, name, world, **settings)
-    for a, b in zip(metrics(folder), metrics(one_batch[20]), strict=True):
+    for a, b in zip(metrics(folder), metrics(one_batch), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
-    assert metrics(folder, "val_tokens") == metrics(one_batch[20], "val_tokens")
+    assert metrics(folder, "val_tokens") == metrics(one_batch, "val_tokens")
     key_bias = slice(64, 128)  # its true gradient is zero, so AdamW scales rounding noise
     for key, weights in tensors(folder).items():
-        a, b = weights.clone(), tensors(one_batch[20])[key].clone()
+        a, b = weights.clone(), tensors(one_batch)[key].clone()
         if key.endswith("c_attn.bias"):
             a[key_bias] = b[key_bias] = 0
         assert torch.allclose(a, b, atol=1e-6), key
@@ -265,6 +262,7 @@ def test_the_best_checkpoint_is_kept_besides_the_last(home):
         ({"max_documents": 300}, "max_documents"),
         ({"batch_size": 3}, "rows per step 1 then, 3 now"),
         ({"optimizer": "muon"}, "optimizer adamw then, muon now"),
+        ({"dropout": 0.5}, "dropout 0.0 then, 0.5 now"),
         ({"max_steps": 2, "allow_change": "max_steps,warmup_steps"}, "--max_steps: 2 lies before step 4"),
         ({"resume": "nowhere"}, "--resume: nowhere does not exist"),
         ({"resume": "data"}, "no checkpoint here"),
@@ -282,10 +280,90 @@ def test_a_resume_that_does_not_fit_is_refused_and_nothing_is_touched(home, sett
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != ".lock"} == before
 
 
-def test_a_learning_rate_may_change_where_that_is_said(home):
+def test_what_may_change_brings_along_what_was_derived_from_it(home):
     train(home, "changed", max_steps=4)
-    result = start(home, "changed", max_steps=6, max_lr=1e-2, allow_change="max_lr,min_lr,max_steps,warmup_steps")
+    result = start(home, "changed", max_steps=40, max_lr=1e-2, allow_change="max_lr,max_steps")
     assert result.returncode == 0 and "resumed from step 4" in result.stdout, result.stderr
+    config = json.loads((home / "runs/changed/run.json").read_text(encoding="utf-8"))["config"]
+    assert config["min_lr"] == pytest.approx(1e-3) and config["warmup_steps"] == 0, "the warmup is behind the run already"
+
+
+@pytest.mark.parametrize(("first", "then"), [("galore", "adamw"), ("muon", "adamw"), ("adamw", "galore")])
+def test_another_optimizer_begins_anew_where_that_is_allowed(home, first, then):
+    name = f"{first}_{then}"
+    train(home, name, max_steps=4, optimizer=first, galore_rank=4)
+    result = start(home, name, max_steps=8, optimizer=then, galore_rank=4, allow_change="optimizer,max_steps")
+    assert result.returncode == 0 and "begins anew" in result.stdout, result.stderr
+
+
+def test_epochs_on_another_number_of_processes(home):
+    """The length in steps that epochs come to belongs to the run, not to the processes of one attempt."""
+    settings = {"max_steps": "None", "n_epochs": 0.02, "grad_accum_steps": 2}
+    stop(home, "epochs", 3, **settings)
+    folder = train(home, "epochs", world=2, **settings)
+    config = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]
+    assert len(metrics(folder)) == config["max_steps"] > 10
+
+
+def test_an_older_checkpoint_of_the_run_itself_does_not_undo_what_came_after_it(home):
+    train(home, "older", max_steps=8, save_ckpt_freq=4)
+    result = start(home, "older", max_steps=8, resume="runs/older/checkpoints/step_000004")
+    assert result.returncode == 0 and "already finished" in result.stdout and "another --run_name" in result.stdout
+
+
+def test_files_of_the_user_in_the_output_folder_stay(home):
+    folder = home / "runs/mine"
+    (folder / "film.part").mkdir(parents=True)
+    for name in ("thesis.part", "film.part/a", ".other.part"):
+        (folder / name).write_text("x", encoding="utf-8")
+    before = sorted(folder.rglob("*"))
+    one_error_line(start(home, "mine", resume="nowhere"), 2)
+    assert sorted(folder.rglob("*")) == before
+    train(home, "mine", max_steps=2)
+    assert set(before) <= set(folder.rglob("*"))
+
+
+def test_of_an_attempt_without_a_checkpoint_nothing_is_taken_over(home):
+    folder = home / "runs/stale"
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"step": 0, "val_loss": 99.0}\n{"step": 1, "train_loss": 98.0}\n', encoding="utf-8")
+    (folder / "samples.txt").write_text("--- step 20\nof another model\n", encoding="utf-8")
+    train(home, "stale")
+    assert metrics(folder, "val_loss")[0] < 10 and "another model" not in (folder / "samples.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("damage", ["[1]", "null", "7", "{"])
+def test_a_damaged_run_json_or_record_does_not_stop_the_run(home, damage):
+    folder = home / "runs/damaged"
+    if not folder.exists():
+        train(home, "damaged", max_steps=4)
+    (folder / "run.json").write_text(damage, encoding="utf-8")
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as f:
+        f.write('{"step": 1, "train_loss": "abc", "tokens": "q"}\n')
+    train(home, "damaged", max_steps=4)
+
+
+def test_a_damaged_shard_met_in_training_fails_the_run_after_saving(home, tmp_path):
+    (tmp_path / "text.jsonl").write_text((home / "data/train.jsonl").read_text(encoding="utf-8") * 40, encoding="utf-8")  # 20 blocks
+    settings = {"dataset_name": tmp_path / "text.jsonl", "cache_dir": tmp_path / "cache", "eval_tokens": 1000}
+    train(home, "before_damage", max_steps=1, **settings)
+    shard = next((tmp_path / "cache").glob("*/train_000000.bin"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    line = one_error_line(start(home, "damage", max_steps=100_000, **settings), 1)
+    assert "train_000000.bin" in line and "damaged" in line
+    last = len(metrics(home / "runs/damage"))
+    assert newest_checkpoint(home / "runs/damage").name == f"step_{last:06d}"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_in_the_first_second_has_its_exit_code(home, name):
+    with subprocess.Popen(command_line("early"), cwd=home, stderr=subprocess.PIPE, env=environment()) as process:
+        time.sleep(0.5)
+        process.send_signal(getattr(signal, name))
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == (130 if name == "SIGINT" else 75) and b"Traceback" not in err
 
 
 @pytest.mark.parametrize(
@@ -307,6 +385,7 @@ def test_a_learning_rate_may_change_where_that_is_said(home):
         ({"output_dir": "/proc/nope"}, "/proc/nope"),
         ({"output_dir": "."}, "current folder"),
         ({"n_embd": 65}, "n_embd 65"),
+        ({"run_name": ""}, "--run_name: is empty"),
     ],
     ids=str,
 )
@@ -392,6 +471,8 @@ def test_yaml_stands_under_the_line_and_is_converted_by_type(home):
         ("- 1\n- 2\n", "not a mapping"),
         ("!!python/object/apply:os.system ['touch canary']", "not readable as YAML"),
         ("max_lr:\t1\n\t- x: [\n", "not readable as YAML"),
+        ("max_steps: 1" + "0" * 400, "max_steps: "),
+        ("max_lr: 1 # " + "x" * 2_000_000, "longer than 1,048,576 characters"),
         ("a: &a [x,x,x]\nmax_lr: [*a,*a]\n", "max_lr: list is not of type float"),
     ],
 )
@@ -402,6 +483,14 @@ def test_a_bad_yaml_file_is_named_with_every_problem(home, text, message):
     assert result.returncode == 2 and message in result.stderr and all("bad.yaml" in e for e in errors), result.stderr
     assert "Traceback" not in result.stderr and not (home / "canary").exists()
     assert one_error_line(run("pretraining_advanced.py", "--config", "absent.yaml", cwd=home), 2)
+
+
+def test_one_yaml_file_is_enough_and_an_empty_name_is_none(home):
+    for name in ("a", "b"):
+        (home / f"{name}.yaml").write_text("max_steps: 3\n", encoding="utf-8")
+    words = ("--config", "a.yaml", "--config=b.yaml")
+    assert "stands 2 times (a.yaml, b.yaml)" in one_error_line(run("pretraining_advanced.py", *words, cwd=home), 2)
+    assert "--config: is empty" in one_error_line(run("pretraining_advanced.py", "--config", "", cwd=home), 2)
 
 
 def test_a_dying_rank_ends_the_job_within_a_minute_and_is_named(home):
@@ -440,14 +529,19 @@ def test_memory_of_a_rank_does_not_grow_with_the_text(home, tmp_path):
     assert figures[1] < 1.05 * figures[0], figures
 
 
-def test_the_first_step_comes_within_four_seconds_of_cpu(home):
-    train(home, "cache")  # the token cache is there
+def cpu_seconds(call) -> float:
     before = os.times()
-    assert start(home, "quick", max_steps=1, print_sample_iter=1000).returncode == 0
+    assert call().returncode == 0
     after = os.times()
-    seconds = after.children_user - before.children_user + after.children_system - before.children_system
-    print(f"{seconds:.2f} s of CPU for one step and everything around it")
-    assert seconds < 6  # on this project's machine under 4; here with evaluation, plot and slower machines in mind
+    return after.children_user - before.children_user + after.children_system - before.children_system
+
+
+def test_the_first_step_costs_little_more_than_importing_torch(home):
+    train(home, "cache")  # the token cache is there
+    torch_alone = cpu_seconds(lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True, env=environment()))
+    seconds = cpu_seconds(lambda: start(home, "quick", max_steps=1, print_sample_iter=1000))
+    print(f"{seconds:.2f} s of CPU for one step and everything around it, {torch_alone:.2f} s for torch alone")
+    assert seconds < 4 * torch_alone  # evaluation, checkpoint and plot are in it too
 
 
 def test_wandb_offline_gets_every_record_and_cannot_stop_the_run(home):
