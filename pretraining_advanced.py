@@ -345,7 +345,7 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
             if master and not unreadable:
                 journal.write(record)
             due = step % config.save_ckpt_freq == 0 or last or stopping or save_now
-            if (due or saved == step) and "val_loss" in record and (best is None or record["val_loss"] < best["val_loss"]):
+            if step and (due or saved == step) and "val_loss" in record and (best is None or record["val_loss"] < best["val_loss"]):
                 best = {"step": step, "val_loss": record["val_loss"]}
             if due and step and saved != step:
                 if master:
