@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from parts.checkpoint import load_checkpoint, newest_checkpoint, write_file
 from parts.config import parse
 from parts.launch import error_line, run_script
+from parts.meter import read_metrics
 from parts.tokenizers import Tokenizer
 
 # ---------------------------------------------------------------------------------------------------- the model
@@ -413,6 +414,18 @@ def plot_losses(steps, tokens_seen, train_losses, val_losses, path, *, xlabel="o
     figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", dpi=150)
     write_file(path, buffer.getvalue())
     return path
+
+
+def plot_run(run_dir, vocab_size: int | None = None) -> None:
+    """Draw RUN_DIR/loss.png from its metrics.jsonl, of two thousand points at most; what prevents it is told, and nothing more."""
+    n = sum(1 for _ in read_metrics(run_dir))
+    rows = [r for i, r in enumerate(read_metrics(run_dir)) if i % (n // 2000 + 1) == 0 or "val_loss" in r]
+    steps, tokens, *losses = [[r.get(name) for r in rows] for name in ("step", "tokens", "train_loss", "val_loss")]
+    try:
+        uniform = math.log(vocab_size) if vocab_size else None
+        plot_losses(steps, [t or 0 for t in tokens], *losses, Path(run_dir) / "loss.png", uniform_loss=uniform)
+    except (ImportError, OSError) as e:
+        print(f"warning: no loss.png: {error_line(e)}", flush=True)
 
 
 # ---------------------------------------------------------------------------------- sampling from a checkpoint

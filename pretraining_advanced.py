@@ -25,11 +25,8 @@ import itertools
 import json
 import math
 import os
-import platform
 import secrets
-import shlex
 import shutil
-import subprocess
 import sys
 import time
 import warnings
@@ -41,14 +38,15 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from gpt_train import GPT, Block, GPTConfig, continuations, flops_per_token, pick_device, plot_losses
+from gpt_train import GPT, Block, GPTConfig, continuations, flops_per_token, pick_device, plot_run
 from parts import checkpoint
 from parts.batches import Prefetch, TrainBatches, stir, val_batches
 from parts.config import parse
-from parts.launch import StopRequest, error_line, run_script
-from parts.meter import Journal, Speed, memory_gib, peak_flops, read_metrics
+from parts.guard import Guard
+from parts.launch import StopRequest, error_line, launch_facts, run_script
+from parts.meter import Journal, Speed, memory_gib, peak_flops
 from parts.optim import Optimizer, learning_rate, predicted_state_bytes
-from parts.parallel import Parallel, attention_kernel, choose_dtype, why_no_compiler
+from parts.parallel import Parallel, attention_kernel, choose_dtype, out_of_memory, why_no_compiler
 from parts.shards import Shards, content_hash, read_index
 from parts.tokenizers import Tokenizer, gpt2_tokenizer
 from prep_dataset import SmollmConfig, prepare_tokens
@@ -101,6 +99,10 @@ class TrainConfig:
     save_ckpt_minutes: float = 10.0  # minutes between two checkpoints; whichever comes first
     keep_last: int = 3  # newest checkpoints to keep, besides the best
     max_minutes: float | None = None  # stop after that many minutes, save and exit with 75
+    # when something breaks
+    max_bad_steps: int = 20  # bad steps in a row (nothing is applied in them), after which the run goes back to a checkpoint
+    spike_zscore: float = 0.0  # a loss so many standard deviations above the last ones is bad too; 0: only what is not finite
+    spike_window: int = 128  # losses that this looks back on
     # going on
     resume: str = "auto"  # auto: go on if the run folder has checkpoints; never: begin anew; or a path
     allow_change: str = ""  # settings that may differ from the resumed run's, such as max_lr,max_steps
@@ -125,9 +127,9 @@ class TrainConfig:
 # May differ when a run is resumed: they change neither data nor arithmetic. batch_size and grad_accum_steps are compared as rows per step.
 FREE = """config cache_dir streaming batch_size grad_accum_steps n_epochs eval_freq eval_tokens print_sample_iter save_ckpt_freq
 save_ckpt_minutes keep_last max_minutes resume allow_change device parallel compile activation_checkpointing deterministic run_name
-output_dir log_exact use_wandb wandb_project tensorboard debug model_size""".split()
+output_dir log_exact use_wandb wandb_project tensorboard debug model_size max_bad_steps""".split()
 DATA = ("dataset_name", "dataset_subset", "text_field", "tokenizer", "max_documents", "val_share")  # compared by what they lead to
-MAY_BE_ZERO = ("min_lr", "warmup_steps", "weight_decay", "max_grad_norm", "dropout", "seed")
+MAY_BE_ZERO = ("min_lr", "warmup_steps", "weight_decay", "max_grad_norm", "dropout", "seed", "spike_zscore")
 
 
 @dataclass
@@ -135,7 +137,7 @@ class Job:
     """What to train: everything that `train` does not know by itself. A recipe hands over one of these."""
 
     model: torch.nn.Module  # plain, on the CPU
-    train_batches: TrainBatches  # endless micro-batches; share(), state_dict(), load_state_dict()
+    train_batches: TrainBatches  # endless micro-batches; share(), leave_out(), state_dict(), load_state_dict()
     val_batches: Callable  # () -> a fresh pass over the same batches, on every rank alike
     loss_fn: Callable  # (model, batch) -> fp32 sum of the loss over the targets that are not -100
     blocks: tuple  # classes: units of compile and activation checkpointing, and whose matrices GaLore and Muon take
@@ -154,9 +156,7 @@ def check(config: TrainConfig) -> None:
         if not (0 if name in MAY_BE_ZERO else 1e-300) <= value < math.inf or (name == "dropout" and value >= 1):
             raise ValueError(f"--{name}: {value} is out of range; give a positive number")
     if config.run_name in ("", ".", "..") or config.output_dir == "":
-        raise ValueError(
-            "--run_name: is empty; give the run a name of its own" if config.output_dir != "" else "--output_dir: is empty text"
-        )
+        raise ValueError("--run_name, --output_dir: a name is empty; give the run one of its own")
     if config.seed >= 2**32:
         raise ValueError(f"--seed: {config.seed} does not fit into 32 bits")
     names = [name for name in config.allow_change.split(",") if name]
@@ -284,48 +284,39 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
             return Optimizer(model, job.blocks, config.optimizer, config.weight_decay, parallel.device, *galore)
 
         with parallel.agree():
-            if state:
-                job.model.load_state_dict({name: tensors.pop(name) for name in job.model.state_dict()})
             wrap = (config.activation_checkpointing, config.compile)
             model, optimizer = parallel.prepare(job.model, job.blocks, make_optimizer, *wrap)
-            if state and all(state["config"][name] == getattr(config, name) for name in ("optimizer", "galore_rank")):
-                optimizer.load_state_dict(tensors, state["optimizer_numbers"])
-            elif state:
-                say("another --optimizer or --galore_rank than before: what the optimizer remembers begins anew", parallel)
+            guard = Guard(config.max_bad_steps, config.spike_zscore, config.spike_window)
             if state:
-                job.train_batches.load_state_dict(state["data_cursor"])
-                parallel.loss_scale = parallel.loss_scale and (state["loss_scale"] or parallel.loss_scale)
-        step, tokens, best = state.get("step", 0), state.get("tokens", 0), state.get("best")
+                load(state, tensors, job, optimizer, guard, config, parallel)
         if state:
-            say(f"resumed from step {step} ({found})", parallel)
+            say(f"resumed from step {state['step']} ({found})", parallel)
+        fresh = {"step": 0, "tokens": 0, "data_cursor": job.train_batches.state_dict(), "best": None, "split": 1}
+        # what the checkpoints hold, besides what `save` adds
+        state = {name: state.get(name, value) for name, value in fresh.items()} | {"rows_per_step": rows_per_step}
+        step = state["step"]
         tell_what_runs(job, config, parallel, rows_per_step, accum)
 
         journal = sampled = None
         if master:
-            wandb_id = start_run(run_dir, job, config, parallel)
+            state["wandb_id"] = start_run(run_dir, job, config, parallel)
             if not (found and found.resolve().is_relative_to(run_dir.resolve())):
                 for name in ("metrics.jsonl", "samples.txt"):  # of an attempt that no checkpoint is left of
                     (run_dir / name).unlink(missing_ok=True)
             sampled = checkpoint.trim_samples(run_dir / "samples.txt", step)
-            wandb = {
-                "project": config.wandb_project,
-                "name": config.run_name,
-                "run_id": wandb_id,
-                "config": asdict(config),
-                "folder": run_dir,
-            }
-            mirrors = {"tensorboard": config.tensorboard, "wandb": wandb if config.use_wandb else None}
+            wandb = {"project": config.wandb_project, "name": config.run_name, "run_id": state["wandb_id"], "config": asdict(config)}
+            mirrors = {"tensorboard": config.tensorboard, "wandb": {**wandb, "folder": run_dir} if config.use_wandb else None}
             journal = Journal(run_dir, step, checkpoint.append_lines, **mirrors)
             stack.callback(journal.close)
         record = dict(parallel.share(journal.last if master else None, {})[0])  # of the step that we stand at, perhaps not complete
-        saved, saved_at, plotted_at = (step, time.monotonic(), time.monotonic()) if state else (None, time.monotonic(), time.monotonic())
-        stopping = save_now = failed = False
+        saved, saved_at, plotted_at = step, time.monotonic(), time.monotonic()
+        stopping = save_now = failed = went_back_to = False
         unreadable = None  # why there is no next batch
-        batches = Prefetch(job.train_batches, parallel.device)
-        stack.callback(batches.close)
+        batches = stack.enter_context(Prefetch(job.train_batches, parallel.device))
         feed, speed = iter(batches), Speed(job.flops_per_token, peak_flops(parallel.device, parallel.dtype), parallel.world)
         quiet = not master or config.log_exact
-        bar = stack.enter_context(tqdm(total=max_steps, initial=step, unit="step", disable=quiet, mininterval=_bar_interval()))
+        every = 0.5 if sys.stderr.isatty() else 30  # seconds
+        bar = stack.enter_context(tqdm(total=max_steps, initial=step, unit="step", disable=quiet, mininterval=every))
         if step == max_steps:
             say(f"{run_dir}: already finished at step {step}", parallel)
 
@@ -344,17 +335,18 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
                 stopping = parallel.all_sum([float(bool(stop))])[0] > 0  # here, so that a sample left out is made after the resume
             if master and not unreadable:
                 journal.write(record)
-            due = step % config.save_ckpt_freq == 0 or last or stopping or save_now
-            if step and (due or saved == step) and "val_loss" in record and (best is None or record["val_loss"] < best["val_loss"]):
-                best = {"step": step, "val_loss": record["val_loss"]}
-            if due and step and saved != step:
+            due = last or stopping or (not guard.bad and (save_now or step % config.save_ckpt_freq == 0))
+            if step and (due or saved == step) and "val_loss" in record:
+                state["best"] = min(state["best"] or record, record, key=lambda r: r["val_loss"])
+                state["best"] = {name: state["best"][name] for name in ("step", "val_loss")}
+            if due and saved != step:
                 if master:
                     journal.flush()
-                    failed = not save(job, optimizer, config, parallel, run_dir, step, state | {"best": best, "wandb_id": wandb_id})
+                    failed = not save(job, optimizer, config, parallel, run_dir, state | {"guard": guard.state_dict()})
                 saved, saved_at, save_now = step, time.monotonic(), False
             if master and (last or stopping or time.monotonic() - plotted_at > 600):
                 journal.flush()
-                plot(run_dir, job)
+                plot_run(run_dir, job.facts["model_config"].get("vocab_size"))
                 plotted_at = time.monotonic()
             if last or stopping:
                 break
@@ -372,32 +364,45 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
             n_targets = max(1.0, n_targets)
             lr = learning_rate(step, config.schedule, config.max_lr, config.min_lr, config.warmup_steps, max_steps)
             optimizer.set_lr(lr)
-            total = torch.zeros((), device=parallel.device)
-            for j, (batch, _, _) in enumerate(micro_batches):
-                torch.manual_seed(stir(config.seed, step, j * parallel.world + parallel.rank))  # dropout and masks
-                with parallel.sync(model, last=j == accum - 1):
-                    with parallel.autocast():
-                        loss = job.loss_fn(model, batch)
-                    parallel.backward(loss * (parallel.world / n_targets))
-                total += loss.detach()
+            total = gradients(job, model, optimizer, [batch for batch, _, _ in micro_batches], n_targets, state, config, parallel)
             if config.use_wandb and master and (step + 1) % config.eval_freq == 0:
                 journal.histograms(step + 1, job.model)
-            grad_norm = parallel.step(optimizer, config.max_grad_norm)
-            step += 1
-            tokens += int(n_targets)
-            state = {"step": step, "tokens": tokens, "data_cursor": micro_batches[-1][2], "rows_per_step": rows_per_step}
             minutes = (time.monotonic() - began) / 60
             out_of_time = master and config.max_minutes is not None and minutes > config.max_minutes
             save_due = master and (time.monotonic() - saved_at) / 60 > config.save_ckpt_minutes
             loss, stopping, save_now = parallel.all_sum([total.item(), float(bool(stop) or out_of_time), float(save_due)])
             loss, stopping, save_now = loss / n_targets, stopping > 0, save_now > 0
+            bad = guard.objection(loss)
+            grad_norm = parallel.step(optimizer, config.max_grad_norm, apply=bad is None)
+            if bad is None and not math.isfinite(grad_norm):
+                bad = f"the gradient is {grad_norm}"
+            consumed, cursor, step = state["data_cursor"]["windows"], micro_batches[-1][2], step + 1
+            state |= {"step": step, "tokens": state["tokens"] + int(n_targets), "data_cursor": cursor}
             figures = speed.stop(int(n_targets))
-            record = {"step": step, "tokens": tokens, "train_loss": loss, "lr": lr}
-            record |= {"grad_norm": grad_norm, **figures, "memory_gib": round(memory_gib(parallel.device), 3)}
+            record = {"step": step, "tokens": state["tokens"], "train_loss": loss, "lr": lr, "grad_norm": grad_norm}
+            record |= {**figures, "memory_gib": round(memory_gib(parallel.device), 3)}
             if config.log_exact:
                 say(f"step {step} loss {loss.hex()}", parallel)
-            if not math.isfinite(grad_norm):
-                say(f"warning: step {step}: the gradient is {grad_norm}, the step is left out", parallel)
+            if bad:
+                record["left_out"] = bad
+                say(f"warning: step {step}: {bad}; the step is left out", parallel)
+            if not (bad and parallel.finding_scale) and guard.note(bad, loss, consumed):
+                # back to where all was well, and past the windows of these steps
+                left_out, where = [guard.first, cursor["windows"]], f"{guard.bad} bad steps in a row, the last is step {step}"
+                batches.close()
+                with parallel.agree():
+                    good, tensors = last_good(run_dir, where, went_back_to, parallel)
+                load(good, tensors, job, optimizer, guard, config, parallel)
+                job.train_batches.leave_out(*left_out)
+                state |= {name: good[name] for name in fresh} | {"data_cursor": job.train_batches.state_dict()}
+                went_back_to = saved = step = state["step"]
+                say(f"{where}: back to step {step}, without windows {left_out[0]} to {left_out[1] - 1}", parallel)
+                if master:
+                    journal.rewind(step)
+                    sampled = checkpoint.trim_samples(run_dir / "samples.txt", step)
+                record = parallel.share(journal.last if master else None, {})[0] | {"left_out_windows": left_out}
+                batches = stack.enter_context(Prefetch(job.train_batches, parallel.device))
+                feed, bar.n = iter(batches), step
             mfu = f", MFU {figures['mfu']:.1%}" if figures["mfu"] else ""
             bar.set_postfix_str(f"loss {loss:.3f}, {figures['tokens_per_s']:,.0f} tokens/s{mfu}", refresh=False)
             bar.update()
@@ -413,8 +418,45 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
     return 0
 
 
-def _bar_interval() -> float:
-    return 0.5 if sys.stderr.isatty() else 30
+def gradients(job, model, optimizer, micro_batches: list[dict], n_targets: float, state: dict, config, parallel) -> torch.Tensor:
+    """
+    Add the gradients of one step, each micro-batch in state["split"] parts; returns the summed loss, on the device.
+
+    Where the memory does not suffice it is done again in twice as many parts: the same rows in the same order.
+    """
+    while True:
+        step, split = state["step"], state["split"]
+        total = torch.zeros((), device=parallel.device)
+        pieces = [p for batch in micro_batches for p in _pieces(batch, split)]
+        try:
+            for j, piece in enumerate(pieces):
+                torch.manual_seed(stir(config.seed, step, j * parallel.world + parallel.rank))  # dropout and masks
+                with parallel.sync(model, last=j == len(pieces) - 1):
+                    with parallel.autocast():
+                        loss = job.loss_fn(model, piece)
+                    parallel.backward(loss * (parallel.world / n_targets))
+                total += loss.detach()
+            return total
+        except (RuntimeError, MemoryError) as e:
+            if not out_of_memory(e):
+                raise
+            what = f"step {step + 1}: out of memory with micro-batches of {math.ceil(config.batch_size / split)} rows"
+        # here, where what the failed pass held is free again
+        optimizer.zero_grad()
+        loss = piece = pieces = None
+        if parallel.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if parallel.world > 1 or split >= config.batch_size:  # the other ranks wait for this one's gradients
+            B, accum = max(1, config.batch_size // 2), 2 * config.grad_accum_steps
+            raise RuntimeError(f"{what}; the same run goes on with --batch_size {B} --grad_accum_steps {accum}, or take a smaller model")
+        state["split"] *= 2
+        say(f"{what}; each in {state['split']} parts from here on", parallel)
+
+
+def _pieces(batch: dict, split: int):
+    """A batch in `split` parts, by rows."""
+    parts = {name: t.tensor_split(min(split, len(t))) for name, t in batch.items()}
+    return [dict(zip(parts, piece, strict=True)) for piece in zip(*parts.values(), strict=True)]
 
 
 def say(text: str, parallel: Parallel) -> None:
@@ -434,23 +476,10 @@ def sample(job: Job, run_dir: Path, step: int, parallel: Parallel, stop) -> None
         checkpoint.append_lines(run_dir / "samples.txt", [f"--- step {step}\n{text}\n"])
 
 
-def plot(run_dir: Path, job: Job) -> None:
-    """loss.png from metrics.jsonl, of two thousand points at most."""
-    n = sum(1 for _ in read_metrics(run_dir))
-    rows = [r for i, r in enumerate(read_metrics(run_dir)) if i % (n // 2000 + 1) == 0 or "val_loss" in r]
-    curves = [[r.get(name) for r in rows] for name in ("step", "tokens", "train_loss", "val_loss")]
-    curves[1] = [t or 0 for t in curves[1]]
-    vocab_size = job.facts["model_config"].get("vocab_size")
-    try:
-        plot_losses(*curves, run_dir / "loss.png", uniform_loss=math.log(vocab_size) if vocab_size else None)
-    except (ImportError, OSError) as e:
-        print(f"warning: no loss.png: {error_line(e)}", flush=True)
-
-
 # ---------------------------------------------------------------------------------------------- checkpoints, resuming
 
 
-def save(job: Job, optimizer: Optimizer, config: TrainConfig, parallel: Parallel, run_dir: Path, step: int, state: dict) -> bool:
+def save(job: Job, optimizer: Optimizer, config: TrainConfig, parallel: Parallel, run_dir: Path, state: dict) -> bool:
     """Write a checkpoint; a disk that refuses is told and costs neither the run nor an older checkpoint. True if written."""
     tensors, numbers = optimizer.state_dict()
     files = {"model.safetensors": job.model.state_dict(), "optimizer.safetensors": tensors}
@@ -458,10 +487,10 @@ def save(job: Job, optimizer: Optimizer, config: TrainConfig, parallel: Parallel
     state = {"script": "pretraining_advanced.py", **state, **more}
     keep = [state["best"]["step"]] if state["best"] else []
     try:
-        checkpoint.save_checkpoint(run_dir, step, files, state, job.files, config.keep_last, keep)
+        checkpoint.save_checkpoint(run_dir, state["step"], files, state, job.files, config.keep_last, keep)
         return True
     except OSError as e:
-        say(f"warning: step {step} is not saved: {error_line(e)}; free some space", parallel)
+        say(f"warning: step {state['step']} is not saved: {error_line(e)}; free some space", parallel)
         return False
 
 
@@ -507,10 +536,8 @@ def must_agree(state: dict, config: TrainConfig, job: Job, rows_per_step: int) -
     """Raises ValueError listing every setting that was another one when the checkpoint was written and may not change silently."""
     allowed, differs = config.allow_change.split(","), []
     allowed += ["min_lr"] if "max_lr" in allowed else []  # a tenth of it, unless it is given
-    saved, now = (
-        {**asdict(TrainConfig()), **state["config"]},
-        job.facts["model_config"],
-    )  # what an older version did not know was as by default
+    saved = {**asdict(TrainConfig()), **state["config"]}  # what an older version did not know was as by default
+    now = job.facts["model_config"]
     if state["data"] != job.facts["data"]:
         names = [name for name in DATA if saved.get(name) != getattr(config, name)] or ["dataset_name"]
         differs += [f"{name} (other text)" for name in names if name not in allowed]
@@ -526,6 +553,41 @@ def must_agree(state: dict, config: TrainConfig, job: Job, rows_per_step: int) -
     if state["step"] > config.max_steps:
         what = f"{config.max_steps} lies before step {state['step']} of {state['folder']}"
         raise ValueError(f"--max_steps: {what}; give a larger number, or another --run_name")
+
+
+def load(state: dict, tensors: dict, job: Job, optimizer: Optimizer, guard: Guard, config: TrainConfig, parallel: Parallel) -> None:
+    """Put everything that has a state where a checkpoint has it."""
+    weights = job.model.state_dict()
+    job.model.load_state_dict({name: tensors[name] for name in weights})
+    if all(state["config"][name] == getattr(config, name) for name in ("optimizer", "galore_rank")):
+        optimizer.load_state_dict({name: t for name, t in tensors.items() if name not in weights}, state["optimizer_numbers"])
+    else:
+        say("another --optimizer or --galore_rank than before: what the optimizer remembers begins anew", parallel)
+    job.train_batches.load_state_dict(state["data_cursor"])
+    if "guard" in state:  # older checkpoints have none
+        guard.load_state_dict(state["guard"])
+    parallel.loss_scale = parallel.loss_scale and (state["loss_scale"] or parallel.loss_scale)
+
+
+def last_good(run_dir: Path, why: str, went_back_to: int | None, parallel: Parallel) -> tuple[dict, dict]:
+    """
+    (state, tensors) of the newest checkpoint that no bad step stands before. Raises RuntimeError where there is none, or
+    where it is the one that the run went back to before.
+    """
+    state, tensors = None, None
+    if parallel.rank == 0:
+        for folder in reversed(checkpoint.list_checkpoints(run_dir)):
+            with contextlib.suppress(ValueError):
+                checkpoint.verify_checkpoint(folder)
+                weights, state = checkpoint.load_checkpoint(folder)
+                if not state["guard"]["bad"]:
+                    tensors = {**weights, **checkpoint.load_tensors(folder / "optimizer.safetensors")}
+                    break
+        if tensors is None:
+            raise RuntimeError(f"{run_dir}: {why}, and no checkpoint to go back to; begin again with a lower --max_lr")
+        if state["step"] == went_back_to:
+            raise RuntimeError(f"{run_dir}: {why}, once more since step {went_back_to}; go on from there with a lower --max_lr")
+    return parallel.share(state, tensors)
 
 
 def share_out(config: TrainConfig, state: dict, job: Job, parallel: Parallel) -> tuple[int, int]:
@@ -585,16 +647,8 @@ def start_run(run_dir: Path, job: Job, config: TrainConfig, parallel: Parallel) 
     path, wandb_id = run_dir / "run.json", secrets.token_hex(4)
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         wandb_id = str(json.loads(path.read_text(encoding="utf-8"))["wandb_id"])
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    start = (
-        [Path(sys.executable).name] if parallel.world == 1 else ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
-    )
-    line = shlex.join([*start, *sys.argv])
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform()}
-    device = torch.cuda.get_device_name(parallel.device) if parallel.device.type == "cuda" else platform.processor() or platform.machine()
-    facts = {"config": asdict(config), **job.facts, "git_commit": git.stdout.strip() or None, "versions": versions, "device": device}
-    facts |= {"processes": parallel.world, "dtype": str(parallel.dtype).removeprefix("torch."), "launch": line, "folder": str(Path.cwd())}
-    facts |= {"resume": line, "wandb_id": wandb_id}
+    facts = {"config": asdict(config), **job.facts, **launch_facts(parallel.world, parallel.device), "wandb_id": wandb_id}
+    facts["dtype"] = str(parallel.dtype).removeprefix("torch.")
     try:
         checkpoint.write_file(path, json.dumps(facts, indent=1).encode())
     except OSError as e:

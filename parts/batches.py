@@ -68,20 +68,24 @@ class TrainBatches:
         self.shards, self.T, self.seed, self.vocab_size = shards, T, seed, vocab_size
         self.ends = np.cumsum([(max(len(t), 1) - 1) // T for t in shards.tokens])  # windows up to the end of each file
         self.n_windows = int(self.ends[-1]) if len(self.ends) else 0
-        self.windows = 0
+        self.windows, self.left_out = 0, []
         self.share(0, 1, 1, 1)
 
     def share(self, rank: int, world: int, batch_size: int, rows_per_step: int) -> None:
         """This rank takes micro-batches rank, rank + world, ... of the rows_per_step // batch_size of each step."""
         self.rank, self.world, self.batch_size, self.rows_per_step = rank, world, batch_size, rows_per_step
 
+    def leave_out(self, first: int, end: int) -> None:
+        """Where the next step would begin in the global windows first .. end - 1, it begins at `end` instead."""
+        self.left_out = [*self.left_out, [first, end]]
+
     def state_dict(self) -> dict:
-        """{"windows": global windows consumed}."""
-        return {"windows": self.windows}
+        """{"windows": place in the order of global windows, "left_out": [[first, end], ...]}."""
+        return {"windows": self.windows, "left_out": self.left_out}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on behind that many windows."""
-        self.windows = int(state["windows"])
+        self.windows, self.left_out = int(state["windows"]), state.get("left_out", [])
 
     def rows(self, first: int, n: int) -> np.ndarray:
         """Global windows first .. first + n - 1: (n, T + 1) int64."""
@@ -101,6 +105,8 @@ class TrainBatches:
             raise ValueError(f"{self.shards.folder}: {len(self.shards):,} training tokens are less than one row of {self.T}")
         while True:
             B, first = self.batch_size, self.windows
+            for start, end in self.left_out:  # in the order in which they were met
+                first = end if start <= first < end else first
             mine = range(self.rank, self.rows_per_step // B, self.world)
             for m in mine:
                 if m == mine[-1]:
@@ -145,7 +151,7 @@ class Prefetch:
     Batches of an iterable with `state_dict`, made ready in a thread and moved to the device while the last one is used.
 
     Iterating gives (batch on the device, number of targets in it, state behind it). What the thread raises is raised
-    here. `close()` ends it.
+    here. A context manager; `close()` ends it too.
     """
 
     def __init__(self, batches, device, depth: int = 4):
@@ -180,6 +186,12 @@ class Prefetch:
                 raise item
             batch, n_targets, state = item
             yield {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}, n_targets, state
+
+    def __enter__(self) -> Prefetch:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
     def close(self) -> None:
         """End the thread."""

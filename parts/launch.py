@@ -6,11 +6,16 @@ Exit codes: 0 finished; 1 the run failed; 2 bad arguments, configuration or data
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import platform
+import shlex
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 # A person can mend these before the run; any other OSError and every RuntimeError means that the run itself failed.
 BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -101,3 +106,21 @@ class StopRequest:
         self.exit_code = 130 if number == signal.SIGINT else 75
         # os.write, not print: a handler may interrupt a print, and the stream refuses to be entered twice
         os.write(2, b"\nstopping after this step and saving; Ctrl-C again leaves at once\n")
+
+
+def launch_facts(n_processes: int, device) -> dict:
+    """What a run folder tells about how a run was started, and where: JSON values. Secrets stand in the environment, so none is in it."""
+    import torch
+
+    start = [Path(sys.executable).name]
+    if n_processes > 1:
+        start = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    line = shlex.join([*start, *sys.argv])
+    commit = None
+    with contextlib.suppress(OSError):  # no git here
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        commit = git.stdout.strip() or None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform()}
+    facts = {"git_commit": commit, "versions": versions, "device": name, "processes": n_processes}
+    return facts | {"launch": line, "resume": line, "folder": str(Path.cwd())}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import netrc
 import os
 import queue
@@ -84,11 +85,16 @@ class Journal:
 
     def __init__(self, run_dir, step: int, append_lines, tensorboard: bool = False, wandb: dict | None = None):
         self.path, self.append_lines, self.lines, self.flushed = Path(run_dir) / "metrics.jsonl", append_lines, [], time.monotonic()
+        self.rewind(step)
+        self.board = _tensorboard(Path(run_dir) / "tensorboard", step) if tensorboard else None
+        self.wandb = Wandb(**wandb) if wandb else None
+
+    def rewind(self, step: int) -> None:
+        """Drop what lies behind that step, whose record is the one to go on from."""
+        self.append_lines(self.path, self.lines)
         self.last, self.found = {"step": step}, False
         if self.path.exists():
             self._rewrite(step, None)
-        self.board = _tensorboard(Path(run_dir) / "tensorboard", step) if tensorboard else None
-        self.wandb = Wandb(**wandb) if wandb else None
 
     def _rewrite(self, step: int, last: dict | None) -> None:
         """The file up to this step, whose own record becomes `last` (None: stays); at no time is there less in it."""
@@ -104,6 +110,7 @@ class Journal:
 
     def write(self, record: dict) -> None:
         """One step's record, {"step": ..., ...}; that of the step the run went on from is there already, perhaps less complete."""
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}  # JSON has no nan
         if self.found and record["step"] == self.last["step"]:
             if record != self.last:
                 self._rewrite(record["step"], record)

@@ -20,8 +20,6 @@ import os
 import torch
 from torch.utils.checkpoint import checkpoint
 
-MAX_REFUSED = 20  # non-finite steps in a row, after which the run has diverged
-
 
 class Parallel:
     """Where this process stands among the others, its device and its arithmetic. A context manager: leaving it closes the group."""
@@ -34,7 +32,6 @@ class Parallel:
         if kind == "ddp" and "RANK" not in os.environ:
             raise ValueError("--parallel ddp: start with torchrun --nproc_per_node N pretraining_advanced.py ...")
         self.loss_scale = {"scale": 2.0**15, "good": 0} if dtype == torch.float16 else None
-        self.refused = 0  # steps in a row that were not finite
         if self.world > 1:
             import torch.distributed as dist  # here: one process does without
 
@@ -144,36 +141,34 @@ class Parallel:
         """Add the gradients of a loss; DDP divides by the number of ranks, so the loss comes multiplied by it."""
         (loss * (self.loss_scale["scale"] if self.loss_scale else 1.0)).backward()
 
-    def step(self, optimizer, max_norm: float | None) -> float:
+    def step(self, optimizer, max_norm: float | None, apply: bool = True) -> float:
         """
-        Unscale, clip the global norm, update, clear; returns the norm before clipping. A norm that is not finite is not
-        applied; after 20 of these in a row raises RuntimeError.
+        Unscale, clip the global norm, update, clear; returns the norm before clipping.
+
+        Without `apply`, or where the norm is not finite, nothing is updated.
         """
         grads = [p.grad for p in optimizer.names if p.grad is not None]
         if self.loss_scale:
             torch._foreach_mul_(grads, 1 / self.loss_scale["scale"])
-        norm = torch.nn.utils.get_total_norm(grads)
-        value = norm.item()
-        if not math.isfinite(value):
-            self.refused += 1
-            if self.loss_scale:  # fp16 overflowed: that is how its scale finds its place
-                self.loss_scale |= {"scale": self.loss_scale["scale"] / 2, "good": 0}
-            optimizer.zero_grad()
-            if self.refused >= MAX_REFUSED:
-                raise RuntimeError(
-                    f"the gradient was not finite in {MAX_REFUSED} steps in a row; go on from a checkpoint with a lower --max_lr"
-                )
-            return value
-        self.refused = 0
-        if max_norm:
-            torch._foreach_mul_(grads, min(1.0, max_norm / (value + 1e-6)))
-        optimizer.step()
+        norm = torch.nn.utils.get_total_norm(grads).item()
+        finite = math.isfinite(norm)
+        if apply and finite:
+            if max_norm:
+                torch._foreach_mul_(grads, min(1.0, max_norm / (norm + 1e-6)))
+            optimizer.step()
         optimizer.zero_grad()
-        if self.loss_scale:
+        if self.loss_scale and not finite:
+            self.loss_scale |= {"scale": self.loss_scale["scale"] / 2, "good": 0}
+        elif self.loss_scale:
             self.loss_scale["good"] += 1
             if self.loss_scale["good"] % 2000 == 0:
                 self.loss_scale["scale"] *= 2
-        return value
+        return norm
+
+    @property
+    def finding_scale(self) -> bool:
+        """Whether an overflow is only fp16 looking for its loss scale, not a fault."""
+        return self.loss_scale is not None and self.loss_scale["scale"] >= 1
 
 
 def _recompute_in_backward(block) -> None:
@@ -216,6 +211,11 @@ def why_no_compiler(device) -> str | None:
         return None
     except Exception as e:  # noqa: BLE001  whatever the compiler raises, training goes on without it
         return " ".join(str(e).split())[:150] or type(e).__name__
+
+
+def out_of_memory(e: BaseException) -> bool:
+    """Whether an error says that the memory of the device does not suffice; on a CPU it has no class of its own."""
+    return isinstance(e, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(e) or "not enough memory" in str(e)
 
 
 def attention_kernel(n_head: int, head_dim: int, T: int, device, dtype, dropout: float) -> str:
