@@ -14,7 +14,11 @@ import pytest
 import torch
 from conftest import ROOT, one_error_line, run
 
+import pretraining_advanced
 from parts.checkpoint import load_tensors, newest_checkpoint, verify_checkpoint
+from parts.launch import BAD_INPUT, error_line
+from parts.optim import learning_rate
+from pretraining_advanced import TrainConfig
 from wt_load import weights_hash
 
 WORDS = "the old man and a small dog went down to the sea where ships of every kind lay still in the light".split()
@@ -91,6 +95,29 @@ def train(home, name, world=1, **settings):
     result = start(home, name, world, **settings)
     assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-3000:]
     return home / "runs" / name
+
+
+def train_here(home, monkeypatch, name, stop_at=None, **settings) -> int:
+    """The trainer in this process, asked to stop in step `stop_at`; returns the exit code, raises what `run_script` would print."""
+
+    def rate(step, *args):
+        if step + 1 == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learning_rate(step, *args)
+
+    with monkeypatch.context() as patch, contextlib.chdir(home):
+        patch.setattr(pretraining_advanced, "learning_rate", rate)
+        return pretraining_advanced.main(TrainConfig(**{"dataset_name": "data", "run_name": name, **SMALL, **settings}))
+
+
+def refusal(home, monkeypatch, name, **settings) -> str:
+    """The line with which these settings are refused, as bad input."""
+    settings = {
+        key: None if value == "None" else str(value) if isinstance(value, os.PathLike) else value for key, value in settings.items()
+    }
+    with pytest.raises(BAD_INPUT) as e:
+        train_here(home, monkeypatch, name, **settings)
+    return error_line(e.value)
 
 
 def metrics(folder, key="train_loss") -> list:
@@ -179,26 +206,35 @@ def state_of(folder) -> tuple:
 
 
 ARRANGEMENTS = {
-    "dropout": (1, {"dropout": 0.1, "grad_accum_steps": 2}),
-    "ranks4": (4, {"dropout": 0.1}),
-    "compiled": (1, {"compile": True, "eval_freq": 3, "batch_size": 4}),
-    "recomputed": (1, {"activation_checkpointing": True, "dropout": 0.1}),
-    "bf16": (1, {"dtype": "bf16"}),
-    "wsd": (1, {"schedule": "wsd", "optimizer": "muon"}),
+    "dropout": {"dropout": 0.1, "grad_accum_steps": 2},
+    "compiled": {"compile": True, "eval_freq": 3, "batch_size": 4},
+    "recomputed": {"activation_checkpointing": True, "dropout": 0.1},
+    "bf16": {"dtype": "bf16"},
+    "wsd": {"schedule": "wsd", "optimizer": "muon"},
 }
+OFTEN = {"save_ckpt_freq": 7, "eval_freq": 8, "max_steps": 40}
+
+
+def the_same_to_the_bit(resumed, straight) -> bool:
+    keys = ("train_loss", "val_loss", "grad_norm", "lr", "tokens")
+    return state_of(resumed) == state_of(straight) and all(metrics(resumed, k) == metrics(straight, k) for k in keys)
 
 
 @pytest.mark.parametrize("name", ARRANGEMENTS)
-def test_resumed_equals_straight_to_the_bit(home, name):
-    """Stopped twice on the way, with evaluations in between."""
-    world, settings = ARRANGEMENTS[name]
-    settings = {"eval_freq": 8, **settings, "save_ckpt_freq": 7, "max_steps": 60}
-    straight = train(home, f"{name}-straight", world, **settings)
-    for step in (10, 30):
-        stop(home, f"{name}-resumed", step, world, **settings)
-    resumed = train(home, f"{name}-resumed", world, **settings)
-    assert metrics(resumed) == metrics(straight) and metrics(resumed, "val_loss") == metrics(straight, "val_loss")
-    assert state_of(resumed) == state_of(straight)
+def test_resumed_equals_straight_to_the_bit(home, monkeypatch, name):
+    """Stopped twice on the way, with evaluations in between. (In processes of their own: tests/faults.)"""
+    settings = {**OFTEN, **ARRANGEMENTS[name]}
+    assert train_here(home, monkeypatch, f"{name}-straight", **settings) == 0
+    codes = [train_here(home, monkeypatch, f"{name}-resumed", step, **settings) for step in (10, 25, None)]
+    assert codes == [75, 75, 0]
+    assert the_same_to_the_bit(home / f"runs/{name}-resumed", home / f"runs/{name}-straight")
+
+
+def test_four_ranks_resumed_equal_straight_to_the_bit(home):
+    settings = {**OFTEN, "dropout": 0.1}
+    straight = train(home, "ranks-straight", 4, **settings)
+    stop(home, "ranks-resumed", 10, 4, **settings)
+    assert the_same_to_the_bit(train(home, "ranks-resumed", 4, **settings), straight)
 
 
 def test_one_two_one_processes_see_the_same_rows(home):
@@ -270,12 +306,12 @@ def test_the_best_checkpoint_is_kept_besides_the_last(home):
     ],
     ids=str,
 )
-def test_a_resume_that_does_not_fit_is_refused_and_nothing_is_touched(home, settings, message):
+def test_a_resume_that_does_not_fit_is_refused_and_nothing_is_touched(home, monkeypatch, settings, message):
     folder = home / "runs/fits"
     if not folder.exists():
         train(home, "fits", max_steps=4)
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
-    line = one_error_line(start(home, "fits", **{"max_steps": 4, **settings}), 2)
+    line = refusal(home, monkeypatch, "fits", **{"max_steps": 4, **settings})
     assert re.search(message, line), line
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != ".lock"} == before
 
@@ -369,7 +405,6 @@ def test_a_signal_in_the_first_second_has_its_exit_code(home, name):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dataset_name": "nobody/nothing"}, "nobody/nothing"),
         ({"dataset_subset": "nope"}, "no folder 'nope'"),
         ({"text_field": "body"}, "its columns are text"),
         ({"model_size": "huge"}, "unknown size 'huge'"),
@@ -389,10 +424,15 @@ def test_a_signal_in_the_first_second_has_its_exit_code(home, name):
     ],
     ids=str,
 )
-def test_bad_input_is_one_line_and_leaves_no_run_folder(home, settings, message):
-    line = one_error_line(start(home, "bad", env={"https_proxy": "http://127.0.0.1:9"}, **settings), 2)
+def test_bad_input_is_one_line_and_leaves_no_run_folder(home, monkeypatch, settings, message):
+    line = refusal(home, monkeypatch, "bad", **settings)
     assert message in line, line
     assert not (home / "runs/bad").exists()
+
+
+def test_a_name_that_is_neither_here_nor_reachable_is_one_line(home):
+    result = start(home, "bad", env={"https_proxy": "http://127.0.0.1:9"}, dataset_name="nobody/nothing")
+    assert "nobody/nothing" in one_error_line(result, 2) and not (home / "runs/bad").exists()
 
 
 def test_a_bad_line_under_torchrun_is_told_once(home):
