@@ -3,7 +3,7 @@ Pretrain a GPT on token shards, on a laptop or on many GPUs; kill it whenever yo
 
     python pretraining_advanced.py --config configs/laptop.yaml                       # two CPU cores, minutes
     python pretraining_advanced.py --config configs/gpt2-124m.yaml                    # one GPU
-    torchrun --nproc_per_node 8 pretraining_advanced.py --config configs/gpt2-124m.yaml
+    torchrun --nproc_per_node 8 pretraining_advanced.py --config configs/gpt2-124m.yaml [--parallel fsdp]
     python pretraining_advanced.py --config configs/laptop.yaml --max_lr 1e-3 --optimizer muon --run_name muon
     python pretraining_advanced.py --help
 
@@ -40,12 +40,12 @@ from tqdm import tqdm
 
 from gpt_train import GPT, Block, GPTConfig, continuations, flops_per_token, pick_device, plot_run
 from parts import checkpoint
-from parts.batches import Prefetch, TrainBatches, stir, val_batches
+from parts.batches import Prefetch, TrainBatches, cut, stir, val_batches
 from parts.config import parse
 from parts.guard import Guard
 from parts.launch import StopRequest, error_line, launch_facts, run_script
 from parts.meter import Journal, Speed, memory_gib, peak_flops
-from parts.optim import Optimizer, learning_rate, predicted_state_bytes
+from parts.optim import Optimizer, learning_rate, predicted_state_bytes, slice_like
 from parts.parallel import Parallel, attention_kernel, choose_dtype, out_of_memory, why_no_compiler
 from parts.shards import Shards, content_hash, read_index
 from parts.tokenizers import Tokenizer, gpt2_tokenizer
@@ -108,7 +108,7 @@ class TrainConfig:
     allow_change: str = ""  # settings that may differ from the resumed run's, such as max_lr,max_steps
     # machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    parallel: Literal["auto", "none", "ddp"] = "auto"  # auto: ddp where torchrun started several processes
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"  # auto: ddp where torchrun started several; fsdp: the model in slices
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of the products; weights and sums are fp32 always
     compile: bool = False  # torch.compile each block
     activation_checkpointing: bool = False  # recompute the blocks in the backward pass: less memory, a third more time
@@ -222,7 +222,12 @@ def evaluate(job: Job, parallel: Parallel, stop=lambda: False) -> dict | None:
 
     None where `stop` became true on any rank. Dropout is off, and the model is left as it was.
     """
-    was_training, sums, n_targets, n_bytes, stopped = job.model.training, [], 0, 0, False
+    was_training, sums, n_targets, n_bytes, stopped, i, computed = job.model.training, [], 0, 0, False, 0, -1
+
+    def loss_of(batch) -> float:
+        with parallel.autocast():
+            return job.loss_fn(job.model, {k: v.to(parallel.device) for k, v in batch.items()}).item()
+
     job.model.eval()
     for i, batch in enumerate(job.val_batches()):
         targets = batch["targets"][batch["targets"] != -100]
@@ -230,11 +235,12 @@ def evaluate(job: Job, parallel: Parallel, stop=lambda: False) -> dict | None:
         n_bytes += int(job.token_bytes[targets.numpy()].sum()) if job.token_bytes is not None else 0
         sums.append(0.0)
         if i % parallel.world == parallel.rank:
-            with parallel.autocast():
-                sums[-1] = job.loss_fn(job.model, {k: v.to(parallel.device) for k, v in batch.items()}).item()
+            sums[-1], computed = loss_of(batch), i
         if i % parallel.world == parallel.world - 1 and parallel.all_sum([float(bool(stop()))])[0]:
             stopped = True
             break
+    if parallel.lockstep and computed // parallel.world < i // parallel.world:  # the last batches were fewer than the ranks
+        loss_of(batch)
     job.model.train(was_training)
     if stopped:
         return None
@@ -255,8 +261,7 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
     Raises ValueError where the run folder or the checkpoint does not fit (nothing was touched then), RuntimeError where
     the run failed.
     """
-    began = time.monotonic()
-    run_dir, master = Path(config.output_dir), parallel.rank == 0
+    began, run_dir, master = time.monotonic(), Path(config.output_dir), parallel.rank == 0
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         with parallel.agree():
@@ -292,7 +297,6 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
         if state:
             say(f"resumed from step {state['step']} ({found})", parallel)
         fresh = {"step": 0, "tokens": 0, "data_cursor": job.train_batches.state_dict(), "best": None, "split": 1}
-        # what the checkpoints hold, besides what `save` adds
         state = {name: state.get(name, value) for name, value in fresh.items()} | {"rows_per_step": rows_per_step}
         step = state["step"]
         tell_what_runs(job, config, parallel, rows_per_step, accum)
@@ -314,9 +318,8 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
         unreadable = None  # why there is no next batch
         batches = stack.enter_context(Prefetch(job.train_batches, parallel.device))
         feed, speed = iter(batches), Speed(job.flops_per_token, peak_flops(parallel.device, parallel.dtype), parallel.world)
-        quiet = not master or config.log_exact
-        every = 0.5 if sys.stderr.isatty() else 30  # seconds
-        bar = stack.enter_context(tqdm(total=max_steps, initial=step, unit="step", disable=quiet, mininterval=every))
+        quiet, tty = not master or config.log_exact, sys.stderr.isatty()
+        bar = stack.enter_context(tqdm(total=max_steps, initial=step, unit="step", disable=quiet, mininterval=0.5 if tty else 30))
         if step == max_steps:
             say(f"{run_dir}: already finished at step {step}", parallel)
 
@@ -330,19 +333,21 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
                     bits = f", {result['val_bits_per_byte']:.3f} bits per byte" if "val_bits_per_byte" in result else ""
                     say(f"step {step}: validation loss {result['val_loss']:.4f}{bits}", parallel)
             if not stopping and job.sample and step and (step % config.print_sample_iter == 0 or last):
-                if master and sampled != step and not stop:
+                if parallel.lockstep:
+                    sampled, *_ = parallel.all_sum([float(sampled or -1) if master else 0.0])
+                if (master or parallel.lockstep) and sampled != step:
                     sample(job, run_dir, step, parallel, stop)
                 stopping = parallel.all_sum([float(bool(stop))])[0] > 0  # here, so that a sample left out is made after the resume
             if master and not unreadable:
                 journal.write(record)
             due = last or stopping or (not guard.bad and (save_now or step % config.save_ckpt_freq == 0))
             if step and (due or saved == step) and "val_loss" in record:
-                state["best"] = min(state["best"] or record, record, key=lambda r: r["val_loss"])
-                state["best"] = {name: state["best"][name] for name in ("step", "val_loss")}
+                best = min(state["best"] or record, record, key=lambda r: r["val_loss"])
+                state["best"] = {name: best[name] for name in ("step", "val_loss")}
             if due and saved != step:
                 if master:
                     journal.flush()
-                    failed = not save(job, optimizer, config, parallel, run_dir, state | {"guard": guard.state_dict()})
+                failed = not save(job, optimizer, config, parallel, run_dir, state | {"guard": guard.state_dict()})
                 saved, saved_at, save_now = step, time.monotonic(), False
             if master and (last or stopping or time.monotonic() - plotted_at > 600):
                 journal.flush()
@@ -427,7 +432,7 @@ def gradients(job, model, optimizer, micro_batches: list[dict], n_targets: float
     while True:
         step, split = state["step"], state["split"]
         total = torch.zeros((), device=parallel.device)
-        pieces = [p for batch in micro_batches for p in _pieces(batch, split)]
+        pieces = [p for batch in micro_batches for p in cut(batch, split)]
         try:
             for j, piece in enumerate(pieces):
                 torch.manual_seed(stir(config.seed, step, j * parallel.world + parallel.rank))  # dropout and masks
@@ -453,12 +458,6 @@ def gradients(job, model, optimizer, micro_batches: list[dict], n_targets: float
         say(f"{what}; each in {state['split']} parts from here on", parallel)
 
 
-def _pieces(batch: dict, split: int):
-    """A batch in `split` parts, by rows."""
-    parts = {name: t.tensor_split(min(split, len(t))) for name, t in batch.items()}
-    return [dict(zip(parts, piece, strict=True)) for piece in zip(*parts.values(), strict=True)]
-
-
 def say(text: str, parallel: Parallel) -> None:
     """One line for people, from one of the processes."""
     if parallel.rank == 0 and text:
@@ -469,9 +468,13 @@ def say(text: str, parallel: Parallel) -> None:
 def sample(job: Job, run_dir: Path, step: int, parallel: Parallel, stop) -> None:
     """A sample into samples.txt; left out where a stop was asked for meanwhile, so that the next attempt makes it."""
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+
+    def asked() -> bool:
+        return parallel.all_sum([float(bool(stop))])[0] > 0 if parallel.lockstep else bool(stop)
+
     with eager:  # each length would be compiled anew
-        text = job.sample(job.model, parallel.device, lambda: bool(stop))
-    if not stop:
+        text = job.sample(job.model, parallel.device, asked)
+    if not asked() and parallel.rank == 0:
         say(text.strip(), parallel)
         checkpoint.append_lines(run_dir / "samples.txt", [f"--- step {step}\n{text}\n"])
 
@@ -482,7 +485,9 @@ def sample(job: Job, run_dir: Path, step: int, parallel: Parallel, stop) -> None
 def save(job: Job, optimizer: Optimizer, config: TrainConfig, parallel: Parallel, run_dir: Path, state: dict) -> bool:
     """Write a checkpoint; a disk that refuses is told and costs neither the run nor an older checkpoint. True if written."""
     tensors, numbers = optimizer.state_dict()
-    files = {"model.safetensors": job.model.state_dict(), "optimizer.safetensors": tensors}
+    files = {"model.safetensors": parallel.gathered(job.model.state_dict()), "optimizer.safetensors": parallel.gathered(tensors)}
+    if parallel.rank != 0:
+        return True
     more = {"optimizer_numbers": numbers, "loss_scale": parallel.loss_scale, "config": asdict(config), **job.facts}
     state = {"script": "pretraining_advanced.py", **state, **more}
     keep = [state["best"]["step"]] if state["best"] else []
@@ -558,7 +563,7 @@ def must_agree(state: dict, config: TrainConfig, job: Job, rows_per_step: int) -
 def load(state: dict, tensors: dict, job: Job, optimizer: Optimizer, guard: Guard, config: TrainConfig, parallel: Parallel) -> None:
     """Put everything that has a state where a checkpoint has it."""
     weights = job.model.state_dict()
-    job.model.load_state_dict({name: tensors[name] for name in weights})
+    job.model.load_state_dict({name: slice_like(weights[name], tensors[name].to(parallel.device)) for name in weights})
     if all(state["config"][name] == getattr(config, name) for name in ("optimizer", "galore_rank")):
         optimizer.load_state_dict({name: t for name, t in tensors.items() if name not in weights}, state["optimizer_numbers"])
     else:
@@ -570,10 +575,7 @@ def load(state: dict, tensors: dict, job: Job, optimizer: Optimizer, guard: Guar
 
 
 def last_good(run_dir: Path, why: str, went_back_to: int | None, parallel: Parallel) -> tuple[dict, dict]:
-    """
-    (state, tensors) of the newest checkpoint that no bad step stands before. Raises RuntimeError where there is none, or
-    where it is the one that the run went back to before.
-    """
+    """(state, tensors) of the newest checkpoint without a bad step before it. RuntimeError where there is none, or it was no help."""
     state, tensors = None, None
     if parallel.rank == 0:
         for folder in reversed(checkpoint.list_checkpoints(run_dir)):
@@ -648,7 +650,6 @@ def start_run(run_dir: Path, job: Job, config: TrainConfig, parallel: Parallel) 
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         wandb_id = str(json.loads(path.read_text(encoding="utf-8"))["wandb_id"])
     facts = {"config": asdict(config), **job.facts, **launch_facts(parallel.world, parallel.device), "wandb_id": wandb_id}
-    facts["dtype"] = str(parallel.dtype).removeprefix("torch.")
     try:
         checkpoint.write_file(path, json.dumps(facts, indent=1).encode())
     except OSError as e:
@@ -659,12 +660,13 @@ def start_run(run_dir: Path, job: Job, config: TrainConfig, parallel: Parallel) 
 def tell_what_runs(job: Job, config: TrainConfig, parallel: Parallel, rows_per_step: int, accum: int) -> None:
     """A few lines about what was chosen, and why."""
     c, batches = job.facts["model_config"], job.train_batches
-    n_parameters = sum(p.numel() for p in job.model.parameters())
+    n = sum(p.numel() for p in job.model.parameters())
     rows = f"{rows_per_step} x {config.context_length} tokens, {accum} micro-batches of {config.batch_size} rows on each process"
-    say(f"{n_parameters:,} parameters, {config.max_steps:,} steps of {rows}; {batches.n_windows:,} windows in an epoch", parallel)
+    say(f"{n:,} parameters, {config.max_steps:,} steps of {rows}; {batches.n_windows:,} windows in an epoch", parallel)
     if "n_head" in c:
-        shape = (c["n_head"], c["n_embd"] // c["n_head"], config.context_length)
-        kernel = attention_kernel(*shape, parallel.device, parallel.dtype, config.dropout)
+        kernel = attention_kernel(
+            c["n_head"], c["n_embd"] // c["n_head"], config.context_length, parallel.device, parallel.dtype, config.dropout
+        )
         say(f"attention: {kernel}; compiled: {'each block' if config.compile else 'no'}", parallel)
     if config.optimizer != "adamw":
         mine, full = (predicted_state_bytes(job.model, job.blocks, kind, config.galore_rank) for kind in (config.optimizer, "adamw"))
@@ -677,9 +679,8 @@ def main(config: TrainConfig) -> int:
     warnings.filterwarnings("ignore", message="find_unused_parameters=True")  # set for its bucket order, not for unused ones
     check(config)
     config.output_dir = config.output_dir or f"runs/{config.run_name}"
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if "LOCAL_RANK" in os.environ and config.device in ("auto", "cuda") and torch.cuda.is_available():
-        config.device = f"cuda:{local_rank}"
+        config.device = f"cuda:{os.environ['LOCAL_RANK']}"
     device = pick_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)

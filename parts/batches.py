@@ -146,6 +146,12 @@ def _batch(rows: np.ndarray, vocab_size: int, where) -> dict:
     return {"inputs": rows[:, :-1].clamp(min=0), "targets": torch.where(targets < 0, -100, targets)}
 
 
+def cut(batch: dict, n: int) -> list[dict]:
+    """A batch in n parts, by rows; in as many as it has rows where these are fewer."""
+    parts = {name: t.tensor_split(min(n, len(t))) for name, t in batch.items()}
+    return [dict(zip(parts, piece, strict=True)) for piece in zip(*parts.values(), strict=True)]
+
+
 class Prefetch:
     """
     Batches of an iterable with `state_dict`, made ready in a thread and moved to the device while the last one is used.

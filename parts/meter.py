@@ -162,7 +162,8 @@ def read_metrics(run_dir):
 
 
 def _histogram(tensor) -> tuple:
-    t = tensor.detach().float()
+    t = tensor.detach()
+    t = (t.to_local() if hasattr(t, "to_local") else t).float()  # under fsdp that of this rank's slice
     low, high = t.min().item(), t.max().item()
     if not (abs(low) < float("inf") and abs(high) < float("inf")):
         return (0.0, 1.0, [0] * HISTOGRAM_BINS)

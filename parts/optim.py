@@ -37,6 +37,15 @@ def learning_rate(step: int, schedule: str, max_lr: float, min_lr: float, warmup
     return min_lr + (max_lr - min_lr) * share
 
 
+def slice_like(parameter, value):
+    """This rank's slice of a whole tensor, where the parameter lies in slices (fsdp) and the tensor has its shape; else the tensor."""
+    if not hasattr(parameter, "placements") or value.shape != parameter.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
 class Optimizer:
     """
     One or two torch optimizers behind one face, with state that is saved by parameter name.
@@ -49,6 +58,10 @@ class Optimizer:
         self.views = []  # (parameter that is a stretch of rows, the weight, the rows): for Muon
         in_blocks = {id(p) for m in model.modules() if isinstance(m, tuple(blocks)) for p in m.parameters() if p.ndim == 2}
         special = [p for p in self.names if id(p) in in_blocks] if kind != "adamw" else []
+        if any(hasattr(p, "placements") for p in special):
+            raise ValueError(
+                f"--optimizer {kind}: needs whole matrices, and --parallel fsdp holds slices of them; use adamw, or --parallel ddp"
+            )
         taken = {id(p) for p in special}
         rest = [p for p in self.names if id(p) not in taken]
         groups = [
@@ -133,7 +146,7 @@ class Optimizer:
                 value = projector
             elif torch.is_tensor(value):
                 # AdamW counts its steps on the CPU, unless it is fused
-                value = value.clone() if entry == "step" and not group.get("fused") else value.to(p.device, copy=True)
+                value = value.clone() if entry == "step" and not group.get("fused") else slice_like(p, value.to(p.device, copy=True))
             part.state[p][entry] = value
 
     def state_bytes(self) -> int:

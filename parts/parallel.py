@@ -1,5 +1,10 @@
 """
-One process or many: the few verbs the training loop knows. none | ddp, more to come behind the same verbs.
+One process or many: the few verbs the training loop knows, the same for none | ddp | fsdp.
+
+    none   one process
+    ddp    each process has the whole model, and gradients are averaged while they are computed (Li et al. 2020)
+    fsdp   weights, gradients and optimizer state lie in slices on all processes, and a block is put together while it is
+           computed (torch's fully_shard; Rajbhandari et al. 2020): for models that fit on no single device
 
     with Parallel("auto", "auto", "auto") as parallel:
         model, optimizer = parallel.prepare(model, blocks, make_optimizer)
@@ -31,6 +36,12 @@ class Parallel:
             raise ValueError(f"--parallel none: torchrun started {self.world} processes; leave the flag out, or start with python")
         if kind == "ddp" and "RANK" not in os.environ:
             raise ValueError("--parallel ddp: start with torchrun --nproc_per_node N pretraining_advanced.py ...")
+        if kind == "fsdp" and self.world == 1:
+            raise ValueError(
+                "--parallel fsdp: slices a model over several processes; start two with torchrun --nproc_per_node 2, or leave it out"
+            )
+        self.kind = "none" if self.world == 1 else "fsdp" if kind == "fsdp" else "ddp"
+        self.lockstep = self.kind == "fsdp"  # a forward pass needs all ranks, also in evaluation and sampling
         self.loss_scale = {"scale": 2.0**15, "good": 0} if dtype == torch.float16 else None
         if self.world > 1:
             import torch.distributed as dist  # here: one process does without
@@ -102,6 +113,15 @@ class Parallel:
             dist.broadcast(shared[name], 0)
         return state, shared
 
+    def gathered(self, named: dict) -> dict:
+        """Named tensors as a checkpoint holds them, on rank 0: whole and on the CPU; {} on the others, which have to call under fsdp."""
+        found = {}
+        for name, tensor in named.items():
+            tensor = _whole(tensor) if self.lockstep or self.rank == 0 else None
+            if self.rank == 0:
+                found[name] = tensor.detach().cpu()
+        return found
+
     # ------------------------------------------------------------------------------------------------- training
 
     def prepare(self, model, blocks, make_optimizer, activation_checkpointing: bool = False, compile_blocks: bool = False):
@@ -115,9 +135,16 @@ class Parallel:
                 _recompute_in_backward(block)
             if compile_blocks:
                 block.compile(dynamic=False)  # a new shape would otherwise change the kernels of the old one
+        if self.kind == "fsdp":
+            from torch.distributed.fsdp import fully_shard
+
+            # block by block, so that no device ever holds the whole model
+            for block in [m for m in model.modules() if isinstance(m, tuple(blocks))]:
+                fully_shard(block)
+            fully_shard(model)
         model.to(self.device)
         optimizer = make_optimizer(model)
-        if self.world == 1:
+        if self.kind != "ddp":
             return model, optimizer
         from torch.nn.parallel import DistributedDataParallel
 
@@ -130,7 +157,9 @@ class Parallel:
     @contextlib.contextmanager
     def sync(self, model, last: bool):
         """Around forward and backward of a micro-batch: autocast, and gradients are exchanged with the last one only."""
-        with contextlib.nullcontext() if last or self.world == 1 else model.no_sync():
+        if self.kind == "fsdp":
+            model.set_requires_gradient_sync(last)
+        with model.no_sync() if self.kind == "ddp" and not last else contextlib.nullcontext():
             yield
 
     def autocast(self):
@@ -150,7 +179,7 @@ class Parallel:
         grads = [p.grad for p in optimizer.names if p.grad is not None]
         if self.loss_scale:
             torch._foreach_mul_(grads, 1 / self.loss_scale["scale"])
-        norm = torch.nn.utils.get_total_norm(grads).item()
+        norm = _whole(torch.nn.utils.get_total_norm(grads)).item()
         finite = math.isfinite(norm)
         if apply and finite:
             if max_norm:
@@ -169,6 +198,10 @@ class Parallel:
     def finding_scale(self) -> bool:
         """Whether an overflow is only fp16 looking for its loss scale, not a fault."""
         return self.loss_scale is not None and self.loss_scale["scale"] >= 1
+
+
+def _whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _recompute_in_backward(block) -> None:

@@ -13,7 +13,8 @@ import sys
 import pytest
 from conftest import ROOT, SHARED
 
-TARGETS = ("none", "ddp", "galore", "muon")
+TARGETS = ("none", "ddp", "fsdp", "galore", "muon")
+MANY = ("ddp", "fsdp")
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -21,6 +22,8 @@ def bench(request, tmp_path_factory):
     """The harness on one target, with its reference run."""
     if not (SHARED / "faults/faultlib.py").exists():
         pytest.skip("needs ../shared/faults")
+    if request.param == "fsdp" and not request.config.getoption("--nightly"):
+        pytest.skip("needs --nightly: what differs from ddp is in test_fsdp.py")
     sys.path.insert(0, str(SHARED / "faults"))
     try:
         import faultlib
@@ -55,7 +58,7 @@ def test_kill_before_file_events(bench, n):
 
 
 def test_signals(bench, n):
-    if bench.t.name != "ddp":
+    if bench.t.name not in MANY:
         check(bench.signals(n))
         return
     # to the ranks: torchrun itself looks every tenth of a second only, in which these ranks do ten steps. It then reports
@@ -70,7 +73,7 @@ def test_damaged_and_shared_files(bench, suite, n):
     check(getattr(bench, suite)(**trials[suite]))
 
 
-@pytest.mark.parametrize("bench", ["ddp"], indirect=True)
+@pytest.mark.parametrize("bench", MANY, indirect=True)
 @pytest.mark.parametrize("suite", ["ranks", "world"])
 def test_many_processes(bench, suite, n):
     check(getattr(bench, suite)(n=max(1, n // 3)))

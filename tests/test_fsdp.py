@@ -1,0 +1,68 @@
+"""The model in slices: the same numbers as whole, checkpoints that every arrangement reads, and refusals that say why."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from conftest import one_error_line
+from test_advanced import home, metrics, ranks_of, running, start, state_of, stop, tensors, train  # noqa: F401  home is a fixture
+
+SETTINGS = {"max_lr": 1e-4, "max_grad_norm": 0.5, "dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def whole(home):  # noqa: F811
+    """One big batch on one process."""
+    return train(home, "whole", batch_size=8, **SETTINGS)
+
+
+@pytest.mark.parametrize(("world", "accumulation", "rows"), [(2, 2, 2), (4, 1, 2)])
+def test_slices_train_as_the_whole_model_does(home, whole, world, accumulation, rows):  # noqa: F811
+    settings = {"batch_size": rows, "grad_accum_steps": accumulation, "parallel": "fsdp", **SETTINGS}
+    folder = train(home, f"slices{world}", world, activation_checkpointing=world == 4, **settings)
+    for key, rel in (("train_loss", 1e-4), ("grad_norm", 1e-5), ("val_loss", 1e-4)):
+        assert metrics(folder, key) == pytest.approx(metrics(whole, key), rel=rel), key
+    assert (folder / "samples.txt").read_text(encoding="utf-8") == (whole / "samples.txt").read_text(encoding="utf-8")
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        ours, theirs = tensors(folder, file), tensors(whole, file)
+        assert {k: (t.shape, t.dtype) for k, t in ours.items()} == {k: (t.shape, t.dtype) for k, t in theirs.items()}
+    weights = tensors(whole)
+    assert all(torch.allclose(t, weights[k], atol=1e-5) for k, t in tensors(folder).items() if "c_attn.bias" not in k)
+
+
+def test_every_arrangement_goes_on_from_the_checkpoint_of_every_other(home):  # noqa: F811
+    settings = {"grad_accum_steps": 2, "max_steps": 24, "save_ckpt_freq": 6, **SETTINGS}
+    straight = train(home, "chain-straight", **settings)
+    chain = [(6, 1, "none"), (12, 2, "fsdp"), (18, 2, "ddp"), (21, 2, "fsdp")]
+    for step, world, parallel in chain:
+        stop(home, "chain", step - 1, world, parallel=parallel, **settings)
+    folder = train(home, "chain", **settings)
+    assert metrics(folder, "tokens") == metrics(straight, "tokens")
+    assert metrics(folder) == pytest.approx(metrics(straight), rel=1e-4)
+
+
+def test_resumed_slices_equal_straight_ones_to_the_bit(home):  # noqa: F811
+    settings = {"parallel": "fsdp", "dropout": 0.1, "max_steps": 30, "save_ckpt_freq": 7, "eval_freq": 8, "print_sample_iter": 10}
+    straight = train(home, "fsdp-straight", 2, **settings)
+    stop(home, "fsdp-resumed", 12, 2, **settings)
+    resumed = train(home, "fsdp-resumed", 2, **settings)
+    assert metrics(resumed) == metrics(straight) and metrics(resumed, "val_loss") == metrics(straight, "val_loss")
+    assert state_of(resumed) == state_of(straight)
+
+
+def test_a_rank_that_dies_ends_the_job(home):  # noqa: F811
+    with running(home, "dying-slices", "step 3 loss", world=2, parallel="fsdp", max_steps=100_000) as process:
+        os.kill(ranks_of(process)[1], signal.SIGKILL)
+        started = time.monotonic()
+        process.communicate(timeout=60)
+        assert process.returncode == 1 and time.monotonic() - started < 60
+
+
+def test_what_slices_cannot_do_is_refused_with_the_reason(home):  # noqa: F811
+    assert "torchrun --nproc_per_node 2" in one_error_line(start(home, "bad", parallel="fsdp"), 2)
+    for optimizer in ("muon", "galore"):
+        result = start(home, "bad", world=2, parallel="fsdp", optimizer=optimizer)
+        assert result.returncode == 1 and f"--optimizer {optimizer}: needs whole matrices" in result.stderr
+    assert not (home / "runs/bad").exists()
