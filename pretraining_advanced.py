@@ -289,8 +289,7 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
             return Optimizer(model, job.blocks, config.optimizer, config.weight_decay, parallel.device, *galore)
 
         with parallel.agree():
-            wrap = (config.activation_checkpointing, config.compile)
-            model, optimizer = parallel.prepare(job.model, job.blocks, make_optimizer, *wrap)
+            model, optimizer = parallel.prepare(job.model, job.blocks, make_optimizer, config.activation_checkpointing, config.compile)
             guard = Guard(config.max_bad_steps, config.spike_zscore, config.spike_window)
             if state:
                 load(state, tensors, job, optimizer, guard, config, parallel)
@@ -314,8 +313,8 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
             stack.callback(journal.close)
         record = dict(parallel.share(journal.last if master else None, {})[0])  # of the step that we stand at, perhaps not complete
         saved, saved_at, plotted_at = step, time.monotonic(), time.monotonic()
-        stopping = save_now = failed = went_back_to = False
-        unreadable = None  # why there is no next batch
+        stopping = save_now = failed = False
+        unreadable = went_back_to = None  # why there is no next batch; the step that bad ones sent the run back to
         batches = stack.enter_context(Prefetch(job.train_batches, parallel.device))
         feed, speed = iter(batches), Speed(job.flops_per_token, peak_flops(parallel.device, parallel.dtype), parallel.world)
         quiet, tty = not master or config.log_exact, sys.stderr.isatty()
@@ -341,7 +340,7 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
             if master and not unreadable:
                 journal.write(record)
             due = last or stopping or (not guard.bad and (save_now or step % config.save_ckpt_freq == 0))
-            if step and (due or saved == step) and "val_loss" in record:
+            if step and (due or saved == step) and math.isfinite(record.get("val_loss") or math.nan):
                 best = min(state["best"] or record, record, key=lambda r: r["val_loss"])
                 state["best"] = {name: best[name] for name in ("step", "val_loss")}
             if due and saved != step:
@@ -572,6 +571,7 @@ def load(state: dict, tensors: dict, job: Job, optimizer: Optimizer, guard: Guar
     if "guard" in state:  # older checkpoints have none
         guard.load_state_dict(state["guard"])
     parallel.loss_scale = parallel.loss_scale and (state["loss_scale"] or parallel.loss_scale)
+    tensors.clear()  # as much memory as weights and optimizer state
 
 
 def last_good(run_dir: Path, why: str, went_back_to: int | None, parallel: Parallel) -> tuple[dict, dict]:

@@ -336,7 +336,7 @@ class Shards:
         return sum(len(t) for t in self.tokens)
 
     def read(self, shard: int, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of one file as int64, compared with their hash. Raises ValueError where they differ."""
+        """Tokens [start, stop) of one file as int64, compared with their hash. Raises OSError where they differ."""
         tokens, checked = self.tokens[shard], self.checked[shard]
         if self.blocks[shard] is not None:
             per_block = BLOCK_BYTES // tokens.itemsize
@@ -344,6 +344,6 @@ class Shards:
                 if not checked[b]:
                     block = tokens[b * per_block : (b + 1) * per_block].tobytes()
                     if _short_hash(block) != self.blocks[shard][16 * b : 16 * b + 16]:
-                        raise ValueError(f"{self.paths[shard]}: block {b} differs from index.json; delete {self.folder} and build it again")
+                        raise OSError(f"{self.paths[shard]}: block {b} differs from index.json; delete {self.folder} and build it again")
                     checked[b] = True
         return tokens[start:stop].astype(np.int64)

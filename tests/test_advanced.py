@@ -391,6 +391,10 @@ def test_a_damaged_shard_met_in_training_fails_the_run_after_saving(home, tmp_pa
     assert "train_000000.bin" in line and "damaged" in line
     last = len(metrics(home / "runs/damage"))
     assert newest_checkpoint(home / "runs/damage").name == f"step_{last:06d}"
+    index = next((tmp_path / "cache").glob("*/val_000000.bin"))
+    index.write_bytes(index.read_bytes()[:-1] + b"\xff")
+    line = one_error_line(start(home, "damaged_val", max_steps=2, **{**settings, "eval_tokens": "None"}), 1)
+    assert "val_000000.bin" in line, "met in an evaluation"
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
