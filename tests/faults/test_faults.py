@@ -1,8 +1,8 @@
 """
 The fault harness on the production trainer: killed at any instant it ends with the bits of the run left alone.
 
-    python -m pytest tests/faults                 # three faults of each kind
-    python -m pytest tests/faults --nightly       # thirty
+    python -m pytest tests/faults                 # three faults: of each kind on one process, SIGKILL on the others
+    python -m pytest tests/faults --nightly       # thirty of each kind on all
 
 The hash compared is that of weights, optimizer state, every logged loss and the samples (hash_run.py). The harness is not
 part of the project; without it these tests skip.
@@ -13,17 +13,30 @@ import sys
 import pytest
 from conftest import ROOT, SHARED
 
-TARGETS = ("none", "ddp", "fsdp", "galore", "muon")
-MANY = ("ddp", "fsdp")
+TARGETS, MANY = ("none", "ddp", "fsdp", "galore", "muon"), ("ddp", "fsdp")
+# test -> (targets every time, targets with --nightly); what else tells them apart is in test_advanced, test_fsdp and test_optim
+WHERE = {
+    "test_kill": (("none", "ddp", "galore", "muon"), TARGETS),
+    "test_kill_before_file_events": (("none",), TARGETS),
+    "test_signals": (("none",), TARGETS),
+    "test_damaged_and_shared_files": (("none",), ("none",)),
+    "test_many_processes": (("ddp",), MANY),
+}
 
 
-@pytest.fixture(scope="module", params=TARGETS)
+def pytest_generate_tests(metafunc):
+    """Each test on its targets; those of the nightly run are skipped by name otherwise."""
+    always, nightly = WHERE[metafunc.function.__name__]
+    skip = () if metafunc.config.getoption("--nightly") else pytest.mark.skip(reason="needs --nightly")
+    targets = [pytest.param(target, marks=() if target in always else skip) for target in nightly]
+    metafunc.parametrize("bench", targets, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def bench(request, tmp_path_factory):
     """The harness on one target, with its reference run."""
     if not (SHARED / "faults/faultlib.py").exists():
         pytest.skip("needs ../shared/faults")
-    if request.param == "fsdp" and not request.config.getoption("--nightly"):
-        pytest.skip("needs --nightly: what differs from ddp is in test_fsdp.py")
     sys.path.insert(0, str(SHARED / "faults"))
     try:
         import faultlib
@@ -66,14 +79,12 @@ def test_signals(bench, n):
     check(bench.signals(n, scope="child"), forgiven=lambda p: p.endswith("traceback: " + "=" * 60))
 
 
-@pytest.mark.parametrize("bench", ["none"], indirect=True)
 @pytest.mark.parametrize("suite", ["mutate", "mutate_cache", "stale_cache", "concurrent"])
 def test_damaged_and_shared_files(bench, suite, n):
     trials = {"mutate": {"n": 2 * n}, "mutate_cache": {"n": 2 * n}, "concurrent": {"rounds": n}, "stale_cache": {}}
     check(getattr(bench, suite)(**trials[suite]))
 
 
-@pytest.mark.parametrize("bench", MANY, indirect=True)
 @pytest.mark.parametrize("suite", ["ranks", "world"])
 def test_many_processes(bench, suite, n):
     check(getattr(bench, suite)(n=max(1, n // 3)))
