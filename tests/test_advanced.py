@@ -231,9 +231,9 @@ def test_resumed_equals_straight_to_the_bit(home, monkeypatch, name):
 
 
 def test_four_ranks_resumed_equal_straight_to_the_bit(home):
-    settings = {**OFTEN, "dropout": 0.1}
+    settings = {**OFTEN, "dropout": 0.1, "max_steps": 20}
     straight = train(home, "ranks-straight", 4, **settings)
-    stop(home, "ranks-resumed", 10, 4, **settings)
+    stop(home, "ranks-resumed", 9, 4, **settings)
     assert the_same_to_the_bit(train(home, "ranks-resumed", 4, **settings), straight)
 
 
@@ -380,7 +380,7 @@ def test_a_damaged_run_json_or_record_does_not_stop_the_run(home, damage):
 
 
 def test_a_damaged_shard_met_in_training_fails_the_run_after_saving(home, tmp_path):
-    (tmp_path / "text.jsonl").write_text((home / "data/train.jsonl").read_text(encoding="utf-8") * 40, encoding="utf-8")  # 20 blocks
+    (tmp_path / "text.jsonl").write_text((home / "data/train.jsonl").read_text(encoding="utf-8") * 15, encoding="utf-8")  # eight blocks
     settings = {"dataset_name": tmp_path / "text.jsonl", "cache_dir": tmp_path / "cache", "eval_tokens": 1000}
     train(home, "before_damage", max_steps=1, **settings)
     shard = next((tmp_path / "cache").glob("*/train_000000.bin"))

@@ -13,6 +13,8 @@ import sys
 import pytest
 from conftest import ROOT, SHARED
 
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the harness leaves files to the collector
+
 TARGETS, MANY = ("none", "ddp", "fsdp", "galore", "muon"), ("ddp", "fsdp")
 # test -> (targets every time, targets with --nightly); what else tells them apart is in test_advanced, test_fsdp and test_optim
 WHERE = {
@@ -20,7 +22,8 @@ WHERE = {
     "test_kill_before_file_events": (("none",), TARGETS),
     "test_signals": (("none",), TARGETS),
     "test_damaged_and_shared_files": (("none",), ("none",)),
-    "test_many_processes": (("ddp",), MANY),
+    "test_a_stale_cache": ((), ("none",)),
+    "test_many_processes": ((), MANY),
 }
 
 
@@ -79,10 +82,13 @@ def test_signals(bench, n):
     check(bench.signals(n, scope="child"), forgiven=lambda p: p.endswith("traceback: " + "=" * 60))
 
 
-@pytest.mark.parametrize("suite", ["mutate", "mutate_cache", "stale_cache", "concurrent"])
+@pytest.mark.parametrize("suite", ["mutate", "mutate_cache", "concurrent"])
 def test_damaged_and_shared_files(bench, suite, n):
-    trials = {"mutate": {"n": 2 * n}, "mutate_cache": {"n": 2 * n}, "concurrent": {"rounds": n}, "stale_cache": {}}
-    check(getattr(bench, suite)(**trials[suite]))
+    check(getattr(bench, suite)(**{"rounds" if suite == "concurrent" else "n": n}))
+
+
+def test_a_stale_cache(bench):
+    check(bench.stale_cache())
 
 
 @pytest.mark.parametrize("suite", ["ranks", "world"])
