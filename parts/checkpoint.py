@@ -148,7 +148,7 @@ def claimed(run_dir, afresh: bool):
         if not (run_dir / "run.json").exists():
             (run_dir / ".lock").unlink(missing_ok=True)
         lock.release()
-        if created and not any(run_dir.iterdir()):
+        if created and run_dir.is_dir() and not any(run_dir.iterdir()):
             run_dir.rmdir()
 
 

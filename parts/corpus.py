@@ -65,7 +65,7 @@ def local_files(name: str, subset: str | None) -> list[Path] | None:
     try:
         found = sorted(root.rglob("*")) if root.is_dir() else [root]
         files = [p for p in found if p.is_file() and _kind(p) and not _hidden(p.relative_to(root)) and p.name != "report.json"]
-        written = {folder for p in files for folder in p.parents if _is_ours(folder)}
+        written = {folder for p in files for folder in p.parents if folder.is_relative_to(root) and _is_ours(folder)}
         files = [p for p in files if not written & set(p.parents)]
     except OSError as e:
         raise ValueError(f"--dataset_name: {root}: {e.strerror}") from e

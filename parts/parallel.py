@@ -136,12 +136,14 @@ class Parallel:
             if compile_blocks:
                 block.compile(dynamic=False)  # a new shape would otherwise change the kernels of the old one
         if self.kind == "fsdp":
+            from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
 
+            mesh = init_device_mesh(self.device.type, (self.world,))
             # block by block, so that no device ever holds the whole model
             for block in [m for m in model.modules() if isinstance(m, tuple(blocks))]:
-                fully_shard(block)
-            fully_shard(model)
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
         model.to(self.device)
         optimizer = make_optimizer(model)
         if self.kind != "ddp":

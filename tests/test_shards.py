@@ -321,6 +321,10 @@ def test_what_runs_and_builds_wrote_is_no_text(tmp_path, monkeypatch):
     (tmp_path / "runs/a/run.json").write_text("{}", encoding="utf-8")
     (tmp_path / "runs/a/checkpoints/step_1/MANIFEST.json").write_text("{}", encoding="utf-8")
     assert corpus.local_files(".", None) == [Path("book.jsonl")]
+    (tmp_path / "run.json").write_text("{}", encoding="utf-8")  # above what was asked for
+    (tmp_path / "texts").mkdir()
+    write_jsonl(tmp_path / "texts/a.jsonl", documents(3))
+    assert corpus.local_files("texts", None) == [Path("texts/a.jsonl")]
 
 
 def test_a_folder_with_a_tokenizer_is_told_apart_by_its_content(source, tmp_path):
