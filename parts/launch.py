@@ -21,10 +21,9 @@ from pathlib import Path
 BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
-def _on_requests(handler) -> None:
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):  # Windows has no SIGUSR1
-            signal.signal(getattr(signal, name), handler)
+def _on_requests(handler) -> dict:
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has no SIGUSR1
+    return {number: signal.signal(number, handler) for number in numbers}  # the handlers that were there
 
 
 def quiet_ctrl_c() -> None:
@@ -88,10 +87,7 @@ class StopRequest:
         return self.exit_code is not None
 
     def __enter__(self) -> StopRequest:
-        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-            if hasattr(signal, name):  # Windows has no SIGUSR1
-                number = getattr(signal, name)
-                self._before[number] = signal.signal(number, self._on_signal)
+        self._before = _on_requests(self._on_signal)
         return self
 
     def __exit__(self, *_) -> None:
