@@ -10,9 +10,11 @@ Which parameters are treated how: weight decay on matrices only, AdamW, GaLore o
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from functools import partial
 
 import torch
+from torch.optim.adamw import adamw
 
 BETAS = (0.9, 0.95)
 # Weights that are query, key and value in one product: three matrices to Muon, not one.
@@ -46,6 +48,41 @@ def slice_like(parameter, value):
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
+class AdamW:
+    """
+    torch's fused AdamW kernel (Loshchilov and Hutter 2019) with the state beside it, laid out as torch.optim.AdamW has it.
+
+    That class imports the compiler when it is made, which costs every start a second, and divides gradients in a pass of its own.
+    """
+
+    def __init__(self, groups: list[dict], fused: bool):
+        self.param_groups = [{"lr": 0.0, "fused": fused, **group} for group in groups]
+        self.state = defaultdict(dict)
+
+    @torch.no_grad()
+    def step(self, grad_scale: float) -> None:
+        """One update from the gradients divided by grad_scale."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            grads, fused = [_local(p.grad) for p in params], group["fused"]
+            if not fused:
+                torch._foreach_div_(grads, grad_scale)
+            for p in params:
+                if not self.state[p]:
+                    step = torch.zeros((), device=p.device if fused else "cpu")
+                    self.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            entries = [[_local(self.state[p][name]) for p in params] for name in ("exp_avg", "exp_avg_sq", "step")]
+            options = {"lr": group["lr"], "weight_decay": group["weight_decay"], "beta1": BETAS[0], "beta2": BETAS[1], "eps": 1e-8}
+            scale = torch.tensor(grad_scale) if fused and grad_scale != 1 else None
+            params = [_local(p) for p in params]
+            adamw(params, grads, *entries[:2], [], entries[2], fused=fused, grad_scale=scale, amsgrad=False, maximize=False, **options)
+
+
+def _local(tensor):
+    """This rank's slice of a tensor in slices (fsdp), else the tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 class Optimizer:
     """
     One or two torch optimizers behind one face, with state that is saved by parameter name.
@@ -73,7 +110,7 @@ class Optimizer:
             galore = _galore(kind, device)
             self.parts = [galore([*groups, {"params": special, "weight_decay": weight_decay, **low_rank}], lr=0.0, betas=BETAS)]
         else:
-            self.parts = [torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=device.type != "mps")]
+            self.parts = [AdamW(groups, fused=device.type != "mps")]
             if kind == "muon":
                 matrices = [piece for p in special for piece in self._pieces(p)]
                 # the same learning rate as AdamW's then gives updates of the same size (Liu et al. 2025)
@@ -98,12 +135,15 @@ class Optimizer:
             for group in part.param_groups:
                 group["lr"] = lr
 
-    def step(self) -> None:
-        """One update from the gradients."""
+    def step(self, grad_scale: float = 1.0) -> None:
+        """One update from the gradients divided by grad_scale: what clipping and the loss scale of fp16 come to."""
+        if grad_scale != 1 and (len(self.parts) > 1 or not isinstance(self.parts[0], AdamW)):
+            torch._foreach_div_([p.grad for p in self.names if p.grad is not None], grad_scale)
+            grad_scale = 1.0
         for view, weight, rows in self.views:
             view.grad = None if weight.grad is None else weight.grad[rows]
         for part in self.parts:
-            part.step()
+            part.step(grad_scale) if isinstance(part, AdamW) else part.step()
             for state in part.state.values():
                 # galore-torch leaves a view of the whole singular vectors: the memory would not fall, and a product with
                 # a view rounds differently than with the copy that a resumed run reads

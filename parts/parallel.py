@@ -178,15 +178,11 @@ class Parallel:
 
         Without `apply`, or where the norm is not finite, nothing is updated.
         """
-        grads = [p.grad for p in optimizer.names if p.grad is not None]
-        if self.loss_scale:
-            torch._foreach_mul_(grads, 1 / self.loss_scale["scale"])
-        norm = _whole(torch.nn.utils.get_total_norm(grads)).item()
+        scale = self.loss_scale["scale"] if self.loss_scale else 1.0
+        norm = _whole(torch.nn.utils.get_total_norm([p.grad for p in optimizer.names if p.grad is not None])).item() / scale
         finite = math.isfinite(norm)
         if apply and finite:
-            if max_norm:
-                torch._foreach_mul_(grads, min(1.0, max_norm / (norm + 1e-6)))
-            optimizer.step()
+            optimizer.step(grad_scale=scale * max(1.0, (norm + 1e-6) / max_norm if max_norm else 1.0))
         optimizer.zero_grad()
         if self.loss_scale and not finite:
             self.loss_scale |= {"scale": self.loss_scale["scale"] / 2, "good": 0}

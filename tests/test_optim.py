@@ -2,9 +2,12 @@
 
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 from gpt_train import GPT, Block, GPTConfig
 from parts.optim import Optimizer, learning_rate, predicted_state_bytes
@@ -66,6 +69,32 @@ def test_adamw_is_torch_s_with_decay_on_matrices_only():
         theirs.step()
         theirs.zero_grad()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_divided_in_the_update_as_before_it(kind):
+    model, twin = small(), small()
+    ours, other = (Optimizer(m, (Block,), kind, 0.1, CPU, galore_rank=8) for m in (model, twin))
+    ids = torch.randint(0, 50, (4, 16), generator=torch.Generator().manual_seed(1))
+    for _ in range(3):
+        for m in (model, twin):
+            m(ids, ids).backward()
+        for optimizer in (ours, other):
+            optimizer.set_lr(1e-3)
+        ours.step(grad_scale=3.7)
+        for p in twin.parameters():
+            p.grad /= 3.7
+        other.step()
+        ours.zero_grad()
+        other.zero_grad()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_one_process_starts_without_the_compiler():
+    program = "import sys, torch; from parts.optim import AdamW; p = torch.nn.Parameter(torch.ones(2)); p.grad = p.data; "
+    program += "AdamW([{'params': [p], 'weight_decay': 0.0}], fused=True).step(2.0); assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("kind", KINDS)
