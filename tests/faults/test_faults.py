@@ -1,7 +1,7 @@
 """
 The fault harness on the production trainer: killed at any instant it ends with the bits of the run left alone.
 
-    python -m pytest tests/faults                 # three: SIGKILL, also under ddp and with GaLore, and signals
+    python -m pytest tests/faults                 # three of each kind
     python -m pytest tests/faults --nightly       # thirty of each kind on all
 
 The hash compared is that of weights, optimizer state, every logged loss and the samples (hash_run.py). The harness is not
