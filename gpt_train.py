@@ -33,6 +33,7 @@ from parts.checkpoint import load_checkpoint, newest_checkpoint, write_file
 from parts.config import parse
 from parts.launch import error_line, run_script
 from parts.meter import read_metrics
+from parts.objectives import cross_entropy_of_head
 from parts.tokenizers import Tokenizer
 
 # ---------------------------------------------------------------------------------------------------- the model
@@ -98,6 +99,20 @@ class LayerCache:
         return k, v
 
 
+def attends_in_products(device, dtype, T: int, dropout: float) -> bool:
+    """Whether two plain products and a softmax are faster than torch's kernel: its bf16 backward on CPUs takes three times as long."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and T <= 512 and not dropout
+
+
+def _attention_in_products(q, k, v):
+    """Causal attention of q, k, v (B, H, T, D) -> (B, H, T, D); holds (B, H, T, T) probabilities."""
+    T, D = q.shape[2:]
+    with torch.autocast(q.device.type, enabled=False):  # a softmax of bf16 is computed in fp32, and given back in bf16
+        scores = (q / math.sqrt(D)) @ k.transpose(2, 3)  # (B, H, T, T)
+        later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+        return scores.masked_fill(later, -math.inf).softmax(dim=3) @ v
+
+
 class CausalSelfAttention(nn.Module):
     """Each position reads from itself and the positions before it. Source: Vaswani et al. 2017, section 3.2."""
 
@@ -124,7 +139,10 @@ class CausalSelfAttention(nn.Module):
         # one query may then see every key, several need a mask that starts `seen` columns further right.
         mask = torch.ones(T, seen + T, dtype=torch.bool, device=x.device).tril(seen) if seen and T > 1 else None
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=not seen and T > 1)
+        if attends_in_products(q.device, q.dtype, T, dropout) and not seen:
+            y = _attention_in_products(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=not seen and T > 1)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -197,13 +215,15 @@ class GPT(nn.Module):
         if seen + T > self.config.block_size:
             raise ValueError(f"GPT: {seen + T} tokens are more than the context of {self.config.block_size}; crop the input")
         positions = torch.arange(seen, seen + T, device=ids.device)
-        x = self.dropout(self.wte(ids) + self.wpe(positions))  # (B, T, C)
+        # sparse: the embedding's gradient is a few rows, added to the head's; otherwise a second (V, C) of zeros comes about
+        x = F.embedding(ids, self.wte.weight, sparse=ids.device.type == "cpu")  # (B, T, C)
+        x = self.dropout(x + self.wpe(positions))
         for i, block in enumerate(self.h):
             x = block(x, cache[i] if cache else None)
-        logits = F.linear(self.ln_f(x), self.wte.weight)  # (B, T, V)
+        x = self.ln_f(x)
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+            return F.linear(x, self.wte.weight)  # (B, T, V)
+        return cross_entropy_of_head(x.flatten(0, 1), self.wte.weight, targets.flatten())
 
 
 def count_parameters(config: GPTConfig) -> int:

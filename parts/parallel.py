@@ -18,9 +18,11 @@ numbers that the ranks agree on, so that no GPU has to wait for them.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import math
 import os
+import sys
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -145,6 +147,8 @@ class Parallel:
                 fully_shard(block, mesh=mesh)
             fully_shard(model, mesh=mesh)
         model.to(self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         optimizer = make_optimizer(model)
         if self.kind != "ddp":
             return model, optimizer
@@ -242,6 +246,21 @@ def why_no_compiler(device) -> str | None:
         return None
     except Exception as e:  # noqa: BLE001  whatever the compiler raises, training goes on without it
         return " ".join(str(e).split())[:150] or type(e).__name__
+
+
+def keep_freed_memory() -> None:
+    """
+    Let glibc keep what a step frees for the next one. It gives large blocks back to Linux, which has to fill every page of
+    them with zeros when the next step asks for them: a fifth of a step. The price: no other program gets that memory until the
+    run ends. Source: mallopt(3).
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for option, value in (
+            (-8, 1),
+            (-4, 0),
+            (-1, 2**31 - 1),
+        ):  # M_ARENA_MAX: one heap; M_MMAP_MAX: all blocks in it; M_TRIM_THRESHOLD: never
+            libc.mallopt(option, value)
 
 
 def out_of_memory(e: BaseException) -> bool:

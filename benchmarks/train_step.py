@@ -1,0 +1,161 @@
+"""
+One training step, ours against GPT2LMHeadModel of transformers: bf16 autocast, both compiled, fused AdamW, clipping at 1.0, no dropout.
+
+    python benchmarks/train_step.py                                                   # 30 million parameters, 8 x 256 tokens
+    python benchmarks/train_step.py --size 124M --batch_size 2 --context_length 512
+    python benchmarks/train_step.py --eager --dtype fp32
+
+Each side is a process of its own, so that memory can be told apart; they take turns step by step, the one that waits sleeps.
+Prints the median of the steps, tokens/s, the highest memory while training (after the compiler has ended), and the two ratios.
+The weights are the same on both sides, and the losses of the first step are compared.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+SIDES = ("ours", "transformers")
+
+
+def ours(args, device, dtype):
+    """A function that does one step of the production trainer and returns its loss."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from gpt_train import GPT, Block, GPTConfig
+    from parts.optim import Optimizer
+    from parts.parallel import Parallel
+    from pretraining_advanced import Job, TrainConfig, gradients
+
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig.of_size(args.size, vocab_size=50257, block_size=args.context_length, dropout=0.0))
+    parallel = Parallel("none", device, dtype)
+    job = Job(gpt, None, None, lambda model, batch: model(batch["inputs"], batch["targets"]), (Block,), 0, {})
+    config = TrainConfig(batch_size=args.batch_size)
+
+    def make_optimizer(model):
+        return Optimizer(model, job.blocks, "adamw", 0.1, device)
+
+    model, optimizer = parallel.prepare(gpt, job.blocks, make_optimizer, compile_blocks=not args.eager)
+    optimizer.set_lr(1e-4)
+    state = SimpleNamespace(step=0)
+
+    def step(ids):
+        batch = {"inputs": ids[:, :-1], "targets": ids[:, 1:]}
+        state.step += 1
+        n = batch["targets"].numel()
+        loss = gradients(job, model, optimizer, [batch], n, {"step": state.step, "split": 1}, config, parallel).item() / n
+        parallel.step(optimizer, 1.0)
+        return loss
+
+    return step
+
+
+def transformers(args, device, dtype):
+    """The same with transformers and torch.optim, as their documentation has it."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from gpt_train import GPT, GPTConfig
+
+    torch.manual_seed(0)
+    shape = GPTConfig.of_size(args.size, vocab_size=50257, block_size=args.context_length, dropout=0.0)
+    weights = GPT(shape).named_parameters()
+    sizes = {"n_layer": shape.n_layer, "n_head": shape.n_head, "n_embd": shape.n_embd, "n_positions": args.context_length}
+    model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, use_cache=False, **sizes)).to(device)
+    with torch.no_grad():
+        for name, p in weights:  # the names are the same; its Conv1D holds weights transposed
+            linear = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+            model.transformer.get_parameter(name).copy_(p.T if linear else p)
+    model = model if args.eager else torch.compile(model)
+    groups = [[p for p in model.parameters() if p.ndim >= 2], [p for p in model.parameters() if p.ndim < 2]]
+    groups = [{"params": p, "weight_decay": decay} for p, decay in zip(groups, (0.1, 0.0), strict=True)]
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
+
+    def step(ids):
+        inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = model(input_ids=inputs, labels=inputs, shift_labels=targets).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def work(args) -> None:
+    """One side: a step for each line that comes in, its seconds, loss and memory going out."""
+    import torch
+
+    from gpt_train import pick_device
+    from parts.parallel import choose_dtype
+
+    device = pick_device("auto")
+    step = globals()[args.side](args, device, choose_dtype(args.dtype, device)[0])
+    generator = torch.Generator().manual_seed(1)
+    for line in sys.stdin:
+        ids = torch.randint(50257, (args.batch_size, args.context_length + 1), generator=generator).to(device)
+        if line.strip() == "measure":  # forget what compiling took
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            else:
+                with open("/proc/self/clear_refs", "w") as f:
+                    f.write("5")
+        started = time.perf_counter()
+        loss = step(ids)
+        seconds = time.perf_counter() - started
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            with open("/proc/self/status") as f:
+                peak = next(int(row.split()[1]) * 1024 for row in f if row.startswith("VmHWM"))
+        print(json.dumps([seconds, loss, peak]), flush=True)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("--size", default="mini")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--context_length", type=int, default=256)
+    parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        return work(args)
+    command = [sys.executable, *sys.argv]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    sides = {s: subprocess.Popen([*command, "--side", s], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) for s in SIDES}
+    seen = {side: [] for side in SIDES}
+    for i in range(args.steps + 3):
+        for side, process in sides.items():
+            process.stdin.write("measure\n" if i == 3 else "step\n")
+            process.stdin.flush()
+            seen[side].append(json.loads(process.stdout.readline()))
+    for process in sides.values():
+        process.stdin.close()
+        process.wait()
+    for side, steps in seen.items():
+        seconds = statistics.median(s for s, _, _ in steps[3:])
+        tokens, peak = args.batch_size * args.context_length / seconds, steps[-1][2]
+        print(
+            f"{side:>12}: {seconds * 1000:7.1f} ms per step, {tokens:,.0f} tokens/s, {peak / 2**20:,.0f} MiB, first loss {steps[0][1]:.4f}"
+        )
+        seen[side] = (seconds, peak, steps[0][1])
+    a, b = (seen[side] for side in SIDES)
+    if abs(a[2] - b[2]) > 2e-3:
+        raise SystemExit("the two sides do not compute the same loss")
+    print(f"{args.size}: {b[0] / a[0]:.2f} times the tokens/s, {a[1] / b[1]:.2f} of the memory")
+
+
+if __name__ == "__main__":
+    main()
