@@ -255,11 +255,8 @@ def keep_freed_memory() -> None:
     run ends. Source: mallopt(3).
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for option, value in (
-            (-8, 1),
-            (-4, 0),
-            (-1, 2**31 - 1),
-        ):  # M_ARENA_MAX: one heap; M_MMAP_MAX: all blocks in it; M_TRIM_THRESHOLD: never
+        M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD = -8, -4, -1
+        for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):  # one heap, all blocks in it, kept
             libc.mallopt(option, value)
 
 
