@@ -21,6 +21,7 @@ if __name__ == "__main__":  # before torch is imported, so that Ctrl-C in those 
     quiet_ctrl_c()
 
 import contextlib
+import copy
 import itertools
 import json
 import math
@@ -47,8 +48,10 @@ from parts.launch import StopRequest, error_line, launch_facts, run_script
 from parts.meter import Journal, Speed, memory_gib, peak_flops
 from parts.optim import Optimizer, learning_rate, predicted_state_bytes, slice_like
 from parts.parallel import Parallel, attention_kernel, choose_dtype, out_of_memory, why_no_compiler
+from parts.resume import DATA, must_agree, resolve_length
 from parts.shards import Shards, content_hash, read_index
 from parts.tokenizers import Tokenizer, gpt2_tokenizer
+from parts.writer import Writer
 from prep_dataset import SmollmConfig, prepare_tokens
 
 # ------------------------------------------------------------------------------------------------ configuration
@@ -124,11 +127,6 @@ class TrainConfig:
     debug: bool = False  # show the traceback of an error
 
 
-# May differ when a run is resumed: they change neither data nor arithmetic. batch_size and grad_accum_steps are compared as rows per step.
-FREE = """config cache_dir streaming batch_size grad_accum_steps n_epochs eval_freq eval_tokens print_sample_iter save_ckpt_freq
-save_ckpt_minutes keep_last max_minutes resume allow_change device parallel compile activation_checkpointing deterministic run_name
-output_dir log_exact use_wandb wandb_project tensorboard debug model_size max_bad_steps""".split()
-DATA = ("dataset_name", "dataset_subset", "text_field", "tokenizer", "max_documents", "val_share")  # compared by what they lead to
 MAY_BE_ZERO = ("min_lr", "warmup_steps", "weight_decay", "max_grad_norm", "dropout", "seed", "spike_zscore")
 
 
@@ -274,9 +272,9 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
         state, tensors = parallel.share(state if master else None, tensors if master else None)  # only rank 0 needs to see the disk
         with parallel.agree():
             rows_per_step, accum = share_out(config, state, job, parallel)
-            resolve_length(config, state.get("config", {}), job, rows_per_step)
+            resolve_length(config, state.get("config", {}), job.train_batches.n_windows, rows_per_step)
             if state:
-                must_agree(state, config, job, rows_per_step)
+                must_agree(state, config, job.facts, rows_per_step)
             if master:
                 checkpoint.clear_leftovers(run_dir)
             max_steps = config.max_steps
@@ -311,6 +309,14 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
             mirrors = {"tensorboard": config.tensorboard, "wandb": {**wandb, "folder": run_dir} if config.use_wandb else None}
             journal = Journal(run_dir, step, checkpoint.append_lines, **mirrors)
             stack.callback(journal.close)
+
+        def not_saved(at: int, e: OSError) -> None:
+            say(f"warning: step {at} is not saved: {error_line(e)}; free some space", parallel)
+
+        writer = Writer(checkpoint.save_checkpoint, not_saved)
+        stack.callback(writer.wait)
+        if master:
+            writer.reserve(checkpoint_bytes(job, config) + 2**20, parallel.device.type == "cuda")
         record = dict(parallel.share(journal.last if master else None, {})[0])  # of the step that we stand at, perhaps not complete
         saved, saved_at, plotted_at = step, time.monotonic(), time.monotonic()
         stopping = save_now = failed = False
@@ -346,7 +352,8 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
             if due and saved != step:
                 if master:
                     journal.flush()
-                failed = not save(job, optimizer, config, parallel, run_dir, state | {"guard": guard.state_dict()})
+                now = {**state, "guard": guard.state_dict()}
+                failed = not save(job, optimizer, config, parallel, writer, now, at_once=last or stopping)
                 saved, saved_at, save_now = step, time.monotonic(), False
             if master and (last or stopping or time.monotonic() - plotted_at > 600):
                 journal.flush()
@@ -394,6 +401,7 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
                 # back to where all was well, and past the windows of these steps
                 left_out, where = [guard.first, cursor["windows"]], f"{guard.bad} bad steps in a row, the last is step {step}"
                 batches.close()
+                writer.wait()
                 with parallel.agree():
                     good, tensors = last_good(run_dir, where, went_back_to, parallel)
                 load(good, tensors, job, optimizer, guard, config, parallel)
@@ -481,21 +489,18 @@ def sample(job: Job, run_dir: Path, step: int, parallel: Parallel, stop) -> None
 # ---------------------------------------------------------------------------------------------- checkpoints, resuming
 
 
-def save(job: Job, optimizer: Optimizer, config: TrainConfig, parallel: Parallel, run_dir: Path, state: dict) -> bool:
-    """Write a checkpoint; a disk that refuses is told and costs neither the run nor an older checkpoint. True if written."""
+def save(job: Job, optimizer: Optimizer, config: TrainConfig, parallel: Parallel, writer: Writer, state: dict, at_once: bool) -> bool:
+    """Write a checkpoint; a disk that refuses is told and costs neither the run nor an older one. False where it failed at once."""
     tensors, numbers = optimizer.state_dict()
-    files = {"model.safetensors": parallel.gathered(job.model.state_dict()), "optimizer.safetensors": parallel.gathered(tensors)}
+    tensors = {"model.safetensors": job.model.state_dict(), "optimizer.safetensors": tensors}
+    tensors = {file: parallel.gathered(named) for file, named in tensors.items()}
     if parallel.rank != 0:
-        return True
+        return not any(list(pairs) for pairs in tensors.values())
     more = {"optimizer_numbers": numbers, "loss_scale": parallel.loss_scale, "config": asdict(config), **job.facts}
-    state = {"script": "pretraining_advanced.py", **state, **more}
+    state = copy.deepcopy({"script": "pretraining_advanced.py", **state, **more})
     keep = [state["best"]["step"]] if state["best"] else []
-    try:
-        checkpoint.save_checkpoint(run_dir, state["step"], files, state, job.files, config.keep_last, keep)
-        return True
-    except OSError as e:
-        say(f"warning: step {state['step']} is not saved: {error_line(e)}; free some space", parallel)
-        return False
+    run_dir = Path(config.output_dir)
+    return writer.save(run_dir, state["step"], tensors, state, job.files, config.keep_last, keep, at_once=at_once)
 
 
 def find_checkpoint(config: TrainConfig, run_dir: Path) -> Path | None:
@@ -534,29 +539,6 @@ def read_checkpoint(folder: Path, config: TrainConfig, job: Job) -> tuple[dict, 
             f"{folder}: was trained with another --tokenizer, whose ids mean other text; give the same one, or another --run_name"
         )
     return {**state, "folder": str(folder)}, {**weights, **checkpoint.load_tensors(folder / "optimizer.safetensors")}
-
-
-def must_agree(state: dict, config: TrainConfig, job: Job, rows_per_step: int) -> None:
-    """Raises ValueError listing every setting that was another one when the checkpoint was written and may not change silently."""
-    allowed, differs = config.allow_change.split(","), []
-    allowed += ["min_lr"] if "max_lr" in allowed else []  # a tenth of it, unless it is given
-    saved = {**asdict(TrainConfig()), **state["config"]}  # what an older version did not know was as by default
-    now = job.facts["model_config"]
-    if state["data"] != job.facts["data"]:
-        names = [name for name in DATA if saved.get(name) != getattr(config, name)] or ["dataset_name"]
-        differs += [f"{name} (other text)" for name in names if name not in allowed]
-    for name, value in asdict(config).items():
-        in_model = name in now and name != "dropout"
-        if name not in (*FREE, *DATA, *allowed) and not in_model and saved.get(name) != value:
-            differs.append(f"{name} {saved.get(name)} then, {value} now")
-    if rows_per_step != state["rows_per_step"] and not {"batch_size", "grad_accum_steps"} & set(allowed):
-        differs.append(f"rows per step {state['rows_per_step']} then, {rows_per_step} now (batch_size x grad_accum_steps x processes)")
-    if differs:
-        names = ",".join(text.split()[0] for text in differs).replace("rows", "batch_size")
-        raise ValueError(f"{state['folder']}: other settings than now: {'; '.join(differs)}; give the same ones, or --allow_change {names}")
-    if state["step"] > config.max_steps:
-        what = f"{config.max_steps} lies before step {state['step']} of {state['folder']}"
-        raise ValueError(f"--max_steps: {what}; give a larger number, or another --run_name")
 
 
 def load(state: dict, tensors: dict, job: Job, optimizer: Optimizer, guard: Guard, config: TrainConfig, parallel: Parallel) -> None:
@@ -611,28 +593,15 @@ def share_out(config: TrainConfig, state: dict, job: Job, parallel: Parallel) ->
     return rows_per_step, rows_per_step // (B * world)
 
 
-def resolve_length(config: TrainConfig, saved: dict, job: Job, rows_per_step: int) -> None:
-    """
-    Fill in max_steps, min_lr and warmup_steps where they are None; a resumed run (its `saved` settings) keeps its warmup,
-    and its min_lr with its max_lr. Raises ValueError where the text is too short.
-    """
-    if config.max_steps is None or config.n_epochs is not None:
-        n_windows = job.train_batches.n_windows
-        by_epochs = int(min((config.n_epochs or 1) * n_windows, 2**62)) // rows_per_step
-        if by_epochs == 0:
-            what = f"{n_windows} windows of {config.context_length} tokens are fewer than one step of {rows_per_step} rows"
-            raise ValueError(f"--dataset_name: {what}; give more text, or a smaller --batch_size or --context_length")
-        config.max_steps = min(by_epochs, config.max_steps or by_epochs)
-    if config.min_lr is None:
-        config.min_lr = saved["min_lr"] if saved.get("max_lr") == config.max_lr else config.max_lr / 10
-    if config.warmup_steps is None:
-        config.warmup_steps = saved.get("warmup_steps", min(2000, config.max_steps // 10))
+def checkpoint_bytes(job: Job, config: TrainConfig) -> int:
+    """Bytes of weights and optimizer state."""
+    weights = sum(p.nbytes for p in job.model.state_dict().values())
+    return weights + predicted_state_bytes(job.model, job.blocks, config.optimizer, config.galore_rank)
 
 
 def enough_disk(run_dir: Path, config: TrainConfig, job: Job) -> None:
     """Raises ValueError where the disk has no room for the checkpoints that will be kept and the one being written."""
-    weights = sum(p.nbytes for p in job.model.state_dict().values())
-    one = weights + predicted_state_bytes(job.model, job.blocks, config.optimizer, config.galore_rank)
+    one = checkpoint_bytes(job, config)
     there = sum(f.stat().st_size for f in run_dir.glob("checkpoints/step_*/*") if f.is_file()) if config.resume != "never" else 0
     nearest = next(p for p in (run_dir, *run_dir.resolve().parents) if p.is_dir())
     need, free = one * (config.keep_last + 2) - there, shutil.disk_usage(nearest).free

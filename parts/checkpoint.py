@@ -23,8 +23,12 @@ import re
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+
+DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # torch's names, safetensors' names
+DTYPES |= {"int64": "I64", "int32": "I32", "uint8": "U8", "bool": "BOOL"}
 
 
 def _fsync(path: Path) -> None:
@@ -79,6 +83,34 @@ def append_lines(path, lines: list) -> None:
         print(f"warning: {path}: {e.strerror}; the run goes on", flush=True)
 
 
+def _write(path: Path, parts) -> dict:
+    """Write buffers one after the other, down to the disk; returns {"bytes", "sha256"} for the manifest."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "wb") as f:
+        for part in parts:
+            f.write(part)
+            digest.update(part)
+            size += len(part)
+        f.flush()
+        os.fsync(f.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _as_safetensors(named: dict):
+    """The buffers of a safetensors file: length of the header, header, then each tensor's bytes where they lie."""
+    tensors = {k: t.detach().cpu().contiguous() for k, t in sorted(named.items(), key=lambda item: (-item[1].element_size(), item[0]))}
+    header, start = {}, 0
+    for name, t in tensors.items():
+        dtype = DTYPES[str(t.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": dtype, "shape": list(t.shape), "data_offsets": [start, start + t.nbytes]}
+        start += t.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for t in tensors.values():
+        yield memoryview(t.reshape(-1).view(torch.uint8).numpy())
+
+
 def save_checkpoint(run_dir, step: int, tensors: dict, state: dict, files: dict[str, bytes], keep_last: int, keep=()) -> Path:
     """
     Write `run_dir/checkpoints/step_NNNNNN` and drop all but the newest `keep_last` and the steps in `keep`; returns the folder.
@@ -92,23 +124,16 @@ def save_checkpoint(run_dir, step: int, tensors: dict, state: dict, files: dict[
     try:
         shutil.rmtree(part, ignore_errors=True)  # of an attempt that was killed
         part.mkdir()
-        for name, named in tensors.items():
-            # contiguous CPU copies: safetensors refuses views, and weights trained on a GPU must open without one
-            save_file({k: v.detach().cpu().contiguous() for k, v in named.items()}, part / name)
-        (part / "trainer_state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        for name, data in files.items():
-            (part / name).write_bytes(data)
-        listed = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(part.iterdir())}
-        (part / "MANIFEST.json").write_text(json.dumps({"version": 1, "files": listed}, indent=1), encoding="utf-8")
-        for f in (*part.iterdir(), part):
-            _fsync(f)
+        contents = {name: _as_safetensors(named) for name, named in tensors.items()}
+        contents |= {"trainer_state.json": [json.dumps(state, indent=1).encode()], **{name: [data] for name, data in files.items()}}
+        listed = {name: _write(part / name, contents[name]) for name in sorted(contents)}
+        _write(part / "MANIFEST.json", [json.dumps({"version": 1, "files": listed}, indent=1).encode()])
+        _fsync(part)
         if target.exists():
             shutil.rmtree(target)
         os.rename(part, target)
-        _fsync(parent)
-    except SafetensorError as e:  # safetensors reports a full disk in its own words
-        shutil.rmtree(part, ignore_errors=True)
-        raise OSError(f"{target}: could not be written ({e})") from e
+        for folder in (parent, parent.parent):
+            _fsync(folder)
     except BaseException as e:
         shutil.rmtree(part, ignore_errors=True)
         _name(e, target)

@@ -119,7 +119,8 @@ def _converted(value, kind):
 
 def _refuse(problems) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":  # torchrun starts the same line many times: one answer is enough
-        for problem in problems:
+        rest = [f"and {len(problems) - 3} more of this kind"] if len(problems) > 4 else []
+        for problem in [*problems[: 3 if rest else 4], *rest]:
             print(f"error: {problem}", file=sys.stderr)
     sys.exit(2)
 

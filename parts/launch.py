@@ -27,8 +27,19 @@ def _on_requests(handler) -> dict:
 
 
 def quiet_ctrl_c() -> None:
-    """From now on a request to stop leaves at once, with its exit code and no traceback. For the seconds in which torch is imported."""
+    """
+    From now on a request to stop leaves at once, with its exit code and no traceback. For the seconds in which torch is
+    imported; a package that is missing is told in one line, then and later.
+    """
     _on_requests(lambda number, _: os._exit(130 if number == signal.SIGINT else 75))
+    sys.excepthook = _tell
+
+
+def _tell(kind, e, trace) -> None:
+    if kind is ModuleNotFoundError and "--debug" not in sys.argv:
+        print(f"error: needs the package {e.name}, which is not installed; pip install -r requirements.txt", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, e, trace)
 
 
 def error_line(e: BaseException) -> str:

@@ -115,14 +115,15 @@ class Parallel:
             dist.broadcast(shared[name], 0)
         return state, shared
 
-    def gathered(self, named: dict) -> dict:
-        """Named tensors as a checkpoint holds them, on rank 0: whole and on the CPU; {} on the others, which have to call under fsdp."""
-        found = {}
+    def gathered(self, named: dict):
+        """
+        (name, tensor) pairs as a checkpoint holds them, on rank 0: whole, one at a time. Under fsdp the others have to
+        go through them too, and get none.
+        """
         for name, tensor in named.items():
             tensor = _whole(tensor) if self.lockstep or self.rank == 0 else None
             if self.rank == 0:
-                found[name] = tensor.detach().cpu()
-        return found
+                yield name, tensor
 
     # ------------------------------------------------------------------------------------------------- training
 
