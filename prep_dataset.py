@@ -41,10 +41,9 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from parts import corpus, gutenberg, shards
 from parts.archives import extract_archive, is_archive
+from parts.bar import tqdm
 from parts.config import parse
 from parts.launch import error_line, run_script
 from parts.tokenizers import Tokenizer, byte_tokenizer, gpt2_tokenizer, make_tokenizer

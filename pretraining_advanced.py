@@ -37,10 +37,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 from gpt_train import GPT, Block, GPTConfig, continuations, flops_per_token, pick_device, plot_run
 from parts import checkpoint
+from parts.bar import tqdm
 from parts.batches import Prefetch, TrainBatches, cut, stir, val_batches
 from parts.config import parse
 from parts.guard import Guard

@@ -16,6 +16,8 @@ import threading
 import numpy as np
 import torch
 
+AT_ONCE = 2**13  # windows whose places are worked out together
+
 _M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
@@ -68,7 +70,12 @@ class TrainBatches:
         self.shards, self.T, self.seed, self.vocab_size = shards, T, seed, vocab_size
         self.ends = np.cumsum([(max(len(t), 1) - 1) // T for t in shards.tokens])  # windows up to the end of each file
         self.n_windows = int(self.ends[-1]) if len(self.ends) else 0
-        self.windows, self.left_out = 0, []
+        # each file as (windows, T + 1), every row beginning with the last token of the one before it; nothing is copied
+        counts = np.diff(self.ends, prepend=0)
+        self.views = [
+            np.ndarray((n, T + 1), t.dtype, t, strides=(T * t.itemsize, t.itemsize)) for n, t in zip(counts, shards.tokens, strict=True)
+        ]
+        self.windows, self.left_out, self.placed = 0, [], (None, None)
         self.share(0, 1, 1, 1)
 
     def share(self, rank: int, world: int, batch_size: int, rows_per_step: int) -> None:
@@ -87,17 +94,26 @@ class TrainBatches:
         """Go on behind that many windows."""
         self.windows, self.left_out = int(state["windows"]), state.get("left_out", [])
 
+    def _places(self, first: int, n: int) -> np.ndarray:
+        """Window numbers (n,) of the global windows first .. first + n - 1, from a stretch of the order that is kept for the next call."""
+        stretch = first // AT_ONCE
+        if self.placed[0] != stretch:
+            n_windows, g = self.n_windows, np.arange(stretch * AT_ONCE, (stretch + 1) * AT_ONCE)
+            parts = [(int(e), g[g // n_windows == e] % n_windows) for e in np.unique(g // n_windows)]
+            self.placed = stretch, np.concatenate([shuffled(places, n_windows, self.seed, e) for e, places in parts])
+        here = self.placed[1][first - stretch * AT_ONCE :][:n]
+        return here if len(here) == n else np.concatenate([here, self._places(first + len(here), n - len(here))])
+
     def rows(self, first: int, n: int) -> np.ndarray:
-        """Global windows first .. first + n - 1: (n, T + 1) int64."""
-        g = np.arange(first, first + n)
-        epochs, places = g // self.n_windows, g % self.n_windows
-        out = np.empty((n, self.T + 1), dtype=np.int64)
-        for epoch in np.unique(epochs):
-            rows = np.flatnonzero(epochs == epoch)
-            for row, window in zip(rows, shuffled(places[rows], self.n_windows, self.seed, int(epoch)), strict=True):
-                shard = int(np.searchsorted(self.ends, window, side="right"))
-                start = (int(window) - (int(self.ends[shard - 1]) if shard else 0)) * self.T
-                out[row] = self.shards.read(shard, start, start + self.T + 1)
+        """Global windows first .. first + n - 1: (n, T + 1) int64. Raises OSError where they differ from their hash."""
+        windows, T = self._places(first, n), self.T
+        files = np.searchsorted(self.ends, windows, side="right") if len(self.ends) > 1 else None
+        out = np.empty((n, T + 1), dtype=np.int64)
+        for file in [0] if files is None else set(files.tolist()):
+            rows = slice(None) if files is None else files == file
+            numbers = windows[rows] - (int(self.ends[file - 1]) if file else 0)
+            self.shards.check(file, (numbers * T).tolist(), T + 1)
+            out[rows] = self.views[file][numbers]
         return out
 
     def __iter__(self):
@@ -130,20 +146,25 @@ def val_batches(shards, T: int, batch_size: int, vocab_size: int, max_tokens: in
                 rows.append(row)
                 left -= n
             if len(rows) == batch_size:
-                yield _batch(np.stack(rows), vocab_size, shards.folder)
+                yield _ragged_batch(rows, vocab_size, shards.folder)
                 rows = []
     if rows:
         rows += [np.full(T + 1, -1, dtype=np.int64)] * (batch_size - len(rows))
-        yield _batch(np.stack(rows), vocab_size, shards.folder)
+        yield _ragged_batch(rows, vocab_size, shards.folder)
 
 
 def _batch(rows: np.ndarray, vocab_size: int, where) -> dict:
-    """{"inputs", "targets"} (B, T) of rows (B, T + 1); -1 marks what is missing."""
+    """{"inputs", "targets"} (B, T) of rows (B, T + 1). Raises ValueError for an id that the vocabulary does not have."""
     if rows.max() >= vocab_size:
         raise ValueError(f"{where}: holds token {rows.max()}, the tokenizer has {vocab_size:,}; it was made with another --tokenizer")
     rows = torch.from_numpy(rows)
-    targets = rows[:, 1:]
-    return {"inputs": rows[:, :-1].clamp(min=0), "targets": torch.where(targets < 0, -100, targets)}
+    return {"inputs": rows[:, :-1], "targets": rows[:, 1:]}
+
+
+def _ragged_batch(rows: list[np.ndarray], vocab_size: int, where) -> dict:
+    """The same of rows in which -1 marks what is missing."""
+    batch = _batch(np.stack(rows), vocab_size, where)
+    return {"inputs": batch["inputs"].clamp(min=0), "targets": batch["targets"].where(batch["targets"] >= 0, -100)}
 
 
 def cut(batch: dict, n: int) -> list[dict]:

@@ -53,7 +53,7 @@ def _name(e: BaseException, path: Path) -> None:
 
 
 def write_file(path, data: bytes) -> None:
-    """Write a small file whole or not at all: `.part` beside it, fsync, rename. Raises OSError."""
+    """Write a small file whole or not at all: `.part` beside it, fsync, rename, fsync of the folder. Raises OSError."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -61,6 +61,7 @@ def write_file(path, data: bytes) -> None:
         part.write_bytes(data)
         _fsync(part)
         os.replace(part, path)
+        _fsync(path.parent)
     except BaseException as e:
         part.unlink(missing_ok=True)
         _name(e, path)

@@ -330,20 +330,22 @@ class Shards:
             if n_tokens != shard["tokens"]:
                 raise ValueError(f"{path}: holds {n_tokens:,} tokens, index.json says {shard['tokens']:,}; build the cache again")
             self.tokens.append(np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(n_tokens,)))
-        self.checked = [np.zeros(-(-t.nbytes // BLOCK_BYTES), dtype=bool) for t in self.tokens]
+        self.checked = [bytearray(-(-t.nbytes // BLOCK_BYTES)) for t in self.tokens]
 
     def __len__(self) -> int:
         return sum(len(t) for t in self.tokens)
 
     def read(self, shard: int, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of one file as int64, compared with their hash. Raises OSError where they differ."""
-        tokens, checked = self.tokens[shard], self.checked[shard]
-        if self.blocks[shard] is not None:
-            per_block = BLOCK_BYTES // tokens.itemsize
-            for b in range(start // per_block, -(-stop // per_block)):
-                if not checked[b]:
-                    block = tokens[b * per_block : (b + 1) * per_block].tobytes()
-                    if _short_hash(block) != self.blocks[shard][16 * b : 16 * b + 16]:
-                        raise OSError(f"{self.paths[shard]}: block {b} differs from index.json; delete {self.folder} and build it again")
-                    checked[b] = True
-        return tokens[start:stop].astype(np.int64)
+        self.check(shard, [start], stop - start)
+        return self.tokens[shard][start:stop].astype(np.int64)
+
+    def check(self, shard: int, starts: list[int], n: int) -> None:
+        """Compare the blocks that hold n tokens from each of `starts` on, unless they were compared before. Raises OSError."""
+        if self.blocks[shard] is None:
+            return
+        tokens, checked, size = self.tokens[shard], self.checked[shard], BLOCK_BYTES // self.tokens[shard].itemsize
+        for b in sorted({b for start in starts for b in range(start // size, (start + n - 1) // size + 1) if not checked[b]}):
+            if _short_hash(tokens[b * size : (b + 1) * size].tobytes()) != self.blocks[shard][16 * b : 16 * b + 16]:
+                raise OSError(f"{self.paths[shard]}: block {b} differs from index.json; delete {self.folder} and build it again")
+            checked[b] = True
