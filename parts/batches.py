@@ -106,15 +106,18 @@ class TrainBatches:
 
     def rows(self, first: int, n: int) -> np.ndarray:
         """Global windows first .. first + n - 1: (n, T + 1) int64. Raises OSError where they differ from their hash."""
-        windows, T = self._places(first, n), self.T
-        files = np.searchsorted(self.ends, windows, side="right") if len(self.ends) > 1 else None
-        out = np.empty((n, T + 1), dtype=np.int64)
-        for file in [0] if files is None else set(files.tolist()):
-            rows = slice(None) if files is None else files == file
-            numbers = windows[rows] - (int(self.ends[file - 1]) if file else 0)
-            self.shards.check(file, (numbers * T).tolist(), T + 1)
-            out[rows] = self.views[file][numbers]
+        windows = self._places(first, n)
+        if len(self.views) == 1:
+            return self._read(0, windows)
+        files, out = np.searchsorted(self.ends, windows, side="right"), np.empty((n, self.T + 1), dtype=np.int64)
+        for file in set(files.tolist()):
+            rows = files == file
+            out[rows] = self._read(file, windows[rows] - (int(self.ends[file - 1]) if file else 0))
         return out
+
+    def _read(self, file: int, numbers: np.ndarray) -> np.ndarray:
+        self.shards.check(file, (numbers * self.T).tolist(), self.T + 1)
+        return self.views[file][numbers].astype(np.int64)
 
     def __iter__(self):
         if not self.n_windows:

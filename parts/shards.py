@@ -313,10 +313,9 @@ def verify(folder) -> dict:
 
 class Shards:
     """
-    The windows of one split ("train" or "val"): fixed stretches of T + 1 tokens, each overlapping the next by one.
+    The tokens of one split ("train" or "val"), memory-mapped.
 
-    Memory-mapped; each block is compared with its hash when it is first touched: every token trained on was checked, and
-    a terabyte still opens at once.
+    Each block is compared with its hash when it is first touched: every token trained on was checked, and a terabyte opens at once.
     """
 
     def __init__(self, folder, split: str, index: dict):
