@@ -90,6 +90,27 @@ def transformers(args, device, dtype):
     return step
 
 
+def forget_peak(device) -> None:
+    """The highest memory counts from here on: what compiling took is forgotten."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")
+
+
+def peak_bytes(device) -> int:
+    """Highest memory since then: allocated on the GPU, or resident in this process."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    with open("/proc/self/status") as f:
+        return next(int(row.split()[1]) * 1024 for row in f if row.startswith("VmHWM"))
+
+
 def work(args) -> None:
     """One side: a step for each line that comes in, its seconds, loss and memory going out."""
     import torch
@@ -102,21 +123,12 @@ def work(args) -> None:
     generator = torch.Generator().manual_seed(1)
     for line in sys.stdin:
         ids = torch.randint(50257, (args.batch_size, args.context_length + 1), generator=generator).to(device)
-        if line.strip() == "measure":  # forget what compiling took
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            else:
-                with open("/proc/self/clear_refs", "w") as f:
-                    f.write("5")
+        if line.strip() == "measure":
+            forget_peak(device)
         started = time.perf_counter()
         loss = step(ids)
         seconds = time.perf_counter() - started
-        if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            with open("/proc/self/status") as f:
-                peak = next(int(row.split()[1]) * 1024 for row in f if row.startswith("VmHWM"))
-        print(json.dumps([seconds, loss, peak]), flush=True)
+        print(json.dumps([seconds, loss, peak_bytes(device)]), flush=True)
 
 
 def main() -> None:

@@ -1,0 +1,79 @@
+"""
+A checkpoint of a GPT and its AdamW state: how long the training stands still, against torch.save of the same tensors.
+
+    python benchmarks/checkpoint.py                # 124 million parameters, 1.5 GB; needs 7 GB of memory and 5 GB of disk
+    python benchmarks/checkpoint.py --size mini
+
+Both are brought down to the disk (fsync), in turn, three times each, in the folder for temporary files (TMPDIR). Prints the medians of how
+long the caller waited and of how long it took until all was written, the bytes, and what a checkpoint every 10 minutes costs: the wait
+and all CPU time of the writing, as if none of it ran beside anything. Ours is compared with its hashes when it is read again.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from gpt_train import GPT, Block, GPTConfig
+from parts.checkpoint import load_tensors, save_checkpoint, verify_checkpoint
+from parts.optim import Optimizer
+from parts.parallel import Parallel
+from parts.writer import Writer
+from pretraining_advanced import Job, TrainConfig, checkpoint_bytes, save
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("--size", default="124M")
+    args = parser.parse_args()
+    device = torch.device("cpu")
+    parallel = Parallel("none", device, torch.float32)
+    model = GPT(GPTConfig.of_size(args.size))
+    optimizer = Optimizer(model, (Block,), "adamw", 0.1, device)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    job = Job(model, None, None, None, (Block,), 0, {})
+    rows = []
+    with tempfile.TemporaryDirectory() as tmp:
+        config = TrainConfig(output_dir=tmp, keep_last=1)
+
+        def not_saved(step, e):
+            raise SystemExit(f"step {step}: {e}")
+
+        writer = Writer(save_checkpoint, not_saved)
+        writer.reserve(checkpoint_bytes(job, config) + 2**20, pinned=False)
+        writer.wait()
+        for step in range(1, 4):
+            started, cpu = time.perf_counter(), time.process_time()
+            state = {"step": step, "tokens": 0, "data_cursor": {}, "best": None, "guard": {}, "rows_per_step": 1}
+            save(job, optimizer, config, parallel, writer, state, at_once=False)
+            waited = time.perf_counter() - started
+            writer.wait()
+            ours = [waited, time.perf_counter() - started, time.process_time() - cpu]
+            started, path = time.perf_counter(), Path(tmp) / "peer.pt"
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()[0]}, path)
+            with open(path, "rb") as f:
+                os.fsync(f.fileno())
+            rows.append([*ours, time.perf_counter() - started])
+            n_bytes = path.stat().st_size
+            path.unlink()
+        folder = Path(tmp) / "checkpoints/step_000003"
+        verify_checkpoint(folder)
+        read = load_tensors(folder / "model.safetensors")
+        assert all(torch.equal(read[name], value) for name, value in model.state_dict().items())
+        size = sum(f.stat().st_size for f in folder.iterdir())
+    waited, written, cpu, peer = (statistics.median(column) for column in zip(*rows, strict=True))
+    print(f"ours:       stands still {waited:.3f} s, written after {written:.2f} s, {size / 1e9:.3f} GB, verified")
+    print(f"torch.save: stands still {peer:.3f} s, {n_bytes / 1e9:.3f} GB; ratio {peer / waited:.1f}")
+    print(f"every 10 minutes: {(waited + cpu) / 600:.2%} of the time of one core, {waited / 600:.3%} of it standing still")
+
+
+if __name__ == "__main__":
+    main()
