@@ -2,7 +2,7 @@
 Text to token shards with GPT-2's vocabulary: prep_dataset.py smollm against nanoGPT's recipe, datasets.map(num_proc=2) and a memmap.
 
     python benchmarks/tokenizing.py --data FOLDER        # parquet, jsonl or txt files, such as a part of smollm-corpus
-    python benchmarks/tokenizing.py                      # the prose of Python's documentation, four times over
+    python benchmarks/tokenizing.py                      # the prose of Python's documentation, forty times over
 
 Both are processes of their own, from start to end, with the same documents and two workers; the Arrow cache of the peer is new
 each time. The tokens are counted and compared. Three times each in turn; prints MB/s from the medians, and their ratio.
@@ -56,7 +56,7 @@ def main() -> None:
             from parts.corpus import python_docs
 
             with open(f"{tmp}/docs.jsonl", "w", encoding="utf-8") as f:
-                f.writelines(json.dumps({"text": text}) + "\n" for _ in range(4) for text in python_docs())
+                f.writelines(json.dumps({"text": text}) + "\n" for _ in range(40) for text in python_docs())
             files = [f"{tmp}/docs.jsonl"]
         kinds = {Path(f).suffix for f in files}
         if len(kinds) > 1:
