@@ -662,6 +662,8 @@ def main(config: TrainConfig) -> int:
         say(f"{device}, {parallel.world} process{'es' if parallel.world > 1 else ''}, {config.dtype}: {why}", parallel)
         with parallel.agree():
             job = gpt_job(config)
+        with parallel.agree():
+            parallel.same(job.facts, f"let all ranks see the same --dataset_name {config.dataset_name} and --cache_dir {config.cache_dir}")
         return train(job, config, parallel)
 
 

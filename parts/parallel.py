@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import json
 import math
 import os
@@ -93,6 +94,13 @@ class Parallel:
             raise error
         if any(failed):
             raise SystemExit(2)
+
+    def same(self, facts: dict, way_out: str) -> None:
+        """Raises ValueError, on all ranks, where these JSON values are not those of rank 0 on every rank."""
+        digest = int.from_bytes(hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()[:6], "big")  # fp64 holds it exactly
+        digests = self.all_sum([digest * (r == self.rank) for r in range(self.world)])
+        if wrong := [r for r in range(self.world) if digests[r] != digests[0]]:
+            raise ValueError(f"rank {wrong[0]} has other data or another tokenizer than rank 0; {way_out}")
 
     def share(self, state: dict | None, tensors: dict | None) -> tuple[dict, dict]:
         """Rank 0's JSON values and named tensors, on all ranks: only one of them needs to see the disk."""

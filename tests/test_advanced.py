@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -601,3 +602,19 @@ def test_wandb_offline_gets_every_record_and_cannot_stop_the_run(home):
     assert result.returncode == 0 and "wandb is off: no wandb today" in result.stdout
     ours, theirs = (metrics(home / "runs" / name) for name in ("wandb", "nowandb"))
     assert ours == theirs and math.isfinite(ours[-1])
+
+
+def test_ranks_that_see_other_text_are_refused(home, tmp_path):
+    for rank in "01":
+        shutil.copytree(home / "data", tmp_path / rank / "data")
+    with open(tmp_path / "1/data/train.jsonl", "a", encoding="utf-8") as f:
+        f.write(json.dumps({"text": "One document more, on one machine only."}) + "\n")
+    script = tmp_path / "apart.py"
+    script.write_text(
+        f"import os, runpy\nos.chdir(os.environ['RANK'])\nrunpy.run_path({str(ROOT / 'pretraining_advanced.py')!r}, run_name='__main__')\n"
+    )
+    line = [word if not word.endswith("pretraining_advanced.py") else str(script) for word in command_line("apart", 2)]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=180, env=environment(), check=False)
+    told = [row for row in done.stderr.splitlines() if row.startswith("error: ")]
+    assert done.returncode == 1 and len(told) == 1 and "rank 1 has other data" in told[0] and "--cache_dir" in told[0], done.stderr
+    assert not (tmp_path / "0/runs/apart/run.json").exists()
