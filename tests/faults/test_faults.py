@@ -22,10 +22,11 @@ WHERE = {
     "test_kill": (TARGETS, TARGETS),
     "test_kill_before_file_events": (("none", "thread", "ddp", "galore", "muon"), TARGETS),
     "test_signals": (("none", "ddp", "galore", "muon"), TARGETS),
-    "test_damaged_and_shared_files": (("none",), ("none",)),
+    "test_damaged_checkpoints": (("none",), ("none", "ddp", "fsdp")),
+    "test_damaged_and_shared_caches": (("none",), ("none", "ddp")),
     "test_hostile_files_and_places": ((), ("none", "ddp")),
     "test_a_disk_that_refuses": ((), ("none", "ddp")),
-    "test_a_stale_cache": (("none",), ("none",)),
+    "test_a_stale_cache": (("none",), ("none", "ddp")),
     "test_many_processes": (("ddp",), MANY),
 }
 
@@ -63,11 +64,16 @@ def n(request) -> int:
     return 30 if request.config.getoption("--nightly") else 3
 
 
+# torchrun reports ranks that ended with a traceback of its own, whose last line is a ruler. That report is also all that is seen of
+# the compiler, which DDP imports: it looks for tqdm and meets the harness, where a package that is missing would not be found.
+OF_TORCHRUN = re.compile(r"(traceback|matplotlib not installed: exit 1): =+$", re.IGNORECASE)
+
+
 def check(report, many: bool = False) -> None:
-    """No problem but one: torchrun reports ranks that ended with a traceback of its own, whose last line is a ruler."""
+    """No problem, but for what torchrun (`many`) adds."""
     print(report)
     assert report.trials, "; ".join(report.notes)
-    assert not [p for p in report.problems if not (many and re.search("traceback: =+$", p, re.IGNORECASE))], str(report)
+    assert not [p for p in report.problems if not (many and OF_TORCHRUN.search(p))], str(report)
 
 
 def test_kill(bench, n):
@@ -86,9 +92,13 @@ def test_signals(bench, n):
     check(bench.signals(n, scope="child"), many=True)
 
 
-@pytest.mark.parametrize("suite", ["mutate", "mutate_cache", "concurrent"])
-def test_damaged_and_shared_files(bench, suite, n):
-    check(getattr(bench, suite)(**{"rounds" if suite == "concurrent" else "n": n}))
+def test_damaged_checkpoints(bench, n):
+    check(bench.mutate(n=n), many=bench.t.name in MANY)
+
+
+@pytest.mark.parametrize("suite", ["mutate_cache", "concurrent"])
+def test_damaged_and_shared_caches(bench, suite, n):
+    check(getattr(bench, suite)(**{"rounds" if suite == "concurrent" else "n": n}), many=bench.t.name in MANY)
 
 
 def test_a_stale_cache(bench):
