@@ -38,7 +38,7 @@ from typing import Literal
 
 import torch
 
-from gpt_train import GPT, Block, GPTConfig, continuations, flops_per_token, pick_device, plot_run
+from gpt_train import GPT, Block, GPTConfig, attends_in_products, continuations, flops_per_token, pick_device, plot_run
 from parts import checkpoint
 from parts.bar import tqdm
 from parts.batches import Prefetch, TrainBatches, cut, stir, val_batches
@@ -633,9 +633,10 @@ def tell_what_runs(job: Job, config: TrainConfig, parallel: Parallel, rows_per_s
     rows = f"{rows_per_step} x {config.context_length} tokens, {accum} micro-batches of {config.batch_size} rows on each process"
     say(f"{n:,} parameters, {config.max_steps:,} steps of {rows}; {batches.n_windows:,} windows in an epoch", parallel)
     if "n_head" in c:
-        kernel = attention_kernel(
-            c["n_head"], c["n_embd"] // c["n_head"], config.context_length, parallel.device, parallel.dtype, config.dropout
-        )
+        T, D = config.context_length, c["n_embd"] // c["n_head"]
+        kernel = attention_kernel(c["n_head"], D, T, parallel.device, parallel.dtype, config.dropout)
+        if attends_in_products(parallel.device, parallel.dtype, T, config.dropout):
+            kernel = "two products and a softmax, faster than torch's kernel here"
         say(f"attention: {kernel}; compiled: {'each block' if config.compile else 'no'}", parallel)
     if config.optimizer != "adamw":
         mine, full = (predicted_state_bytes(job.model, job.blocks, kind, config.galore_rank) for kind in (config.optimizer, "adamw"))

@@ -66,10 +66,12 @@ class Writer:
         self.thread.start()
 
     def _take(self, n_bytes: int, pinned: bool) -> None:
+        if 2 * n_bytes > _available():
+            return  # checkpoints are written while the training waits
         try:
             room = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=pinned)
         except (RuntimeError, MemoryError):
-            return  # no memory for copies: checkpoints are written while the training waits
+            return
         room[::4096] = 0
         self.room = room
 
@@ -80,3 +82,12 @@ class Writer:
             self.tell(step, e)
             return False
         return True
+
+
+def _available() -> float:
+    """Bytes of memory that are free or can be freed; more than there can be where the system does not say."""
+    try:
+        with open("/proc/meminfo") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return float("inf")

@@ -69,3 +69,10 @@ def test_more_than_the_memory_taken_is_written_at_once(tmp_path, large):
     assert w.save(tmp_path, 5, tensors, {}, {}, 3)
     assert len(list_checkpoints(tmp_path)) == 1
     verify_checkpoint(tmp_path / "checkpoints/step_000005")
+
+
+def test_without_memory_for_a_copy_the_training_waits(tmp_path, large, monkeypatch):
+    monkeypatch.setattr(writer, "_available", lambda: 2**20)
+    w = ready(save_checkpoint)
+    assert w.save(tmp_path, 5, {"model.safetensors": [("a", torch.ones(3))]}, {}, {}, 3)
+    assert len(list_checkpoints(tmp_path)) == 1
