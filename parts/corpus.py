@@ -228,6 +228,12 @@ def tokenise(rows, tokenizer, val_share: float) -> dict:
     A row of a table is a document and goes to one side; a book is cut into passages and each goes to its own. End-of-text
     stands exactly once after each document.
     """
+    if not any("ends" in row for row in rows):
+        texts = {"train": [], "val": []}
+        for row in rows:
+            texts["val" if in_validation(row["text"], val_share) else "train"].append(row["text"])
+        sizes = {split: sum(len(text.encode(errors="replace")) for text in chosen) for split, chosen in texts.items()}
+        return {split: (tokenizer.encode_documents(chosen), len(chosen), sizes[split]) for split, chosen in texts.items()}
     ids, counts, eot = {"train": [], "val": []}, {"train": [0, 0], "val": [0, 0]}, np.array([tokenizer.eot], dtype=np.uint32)
     for row in rows:
         passages = PASSAGE.findall(row["text"]) if "ends" in row else [row["text"]]

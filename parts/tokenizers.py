@@ -13,6 +13,7 @@ Source of the byte-level scheme and of the splitting pattern: Radford et al. 201
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -75,6 +76,8 @@ class Tokenizer:
         """Ids (T,) uint32. Special tokens written in the text are text. Lone surrogates become U+FFFD."""
         try:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:
+            return self.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         except (ValueError, RuntimeError):  # tiktoken's pattern gives up on a million blanks in a row: cut them
             if len(text) < 2:
                 raise
@@ -82,6 +85,11 @@ class Tokenizer:
 
     def encode_documents(self, documents) -> np.ndarray:
         """Ids (T,) of all documents in order, end-of-text exactly once after each."""
+        ended = [text + self.eot_text for text in documents]
+        if all(text.find(self.eot_text) == len(text) - len(self.eot_text) for text in ended):  # it is nowhere written in them
+            with contextlib.suppress(ValueError, RuntimeError):  # see `encode`
+                # in one call, in which no thread waits for another: end-of-text parts the documents before anything is merged
+                return self.encoding.encode_to_numpy("".join(ended), allowed_special={self.eot_text}, disallowed_special=())
         eot = np.array([self.eot], dtype=np.uint32)
         return np.concatenate([part for text in documents for part in (self.encode(text), eot)] or [eot[:0]])
 

@@ -83,8 +83,8 @@ def test_a_vocabulary_over_65536_is_written_in_32_bits(tmp_path):
     class Wide:
         vocab_size, eot, name, fingerprint = 70_000, 69_999, "wide", "f"
 
-        def encode(self, text):
-            return np.array([69_000 + len(text)], dtype=np.uint32)
+        def encode_documents(self, documents):
+            return np.array([id for text in documents for id in (69_000 + len(text), self.eot)], dtype=np.uint32)
 
         def to_json(self):
             return b"{}"

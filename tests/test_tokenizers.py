@@ -78,6 +78,16 @@ def test_documents_end_with_end_of_text_exactly_once(bpe):
     assert bpe.encode_documents([]).shape == (0,)
 
 
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_documents_encoded_together_are_documents_encoded_apart(kind, bpe):
+    tokenizer = T.byte_tokenizer() if kind == "bytes" else bpe
+    plain = ["one two  ", "\n\n three's", " ", "x" * 1000, "a lone \ud800 surrogate", "naïve «Ёлка» 🎄", "<|endo", "ftext|>", ""]
+    for documents in (plain, [*plain, "text that says <|endoftext|> itself"], [" " * 1_500_000, "after"], []):
+        apart = [id for text in documents for id in (*tokenizer.encode(text).tolist(), tokenizer.eot)]
+        together = tokenizer.encode_documents(documents)
+        assert together.tolist() == apart and together.dtype == np.uint32
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "bpe", "bytes"])
 def test_saved_tokenizer_loads_here_and_in_hugging_face_with_the_same_ids(kind, request, tmp_path):
     import tokenizers
