@@ -87,7 +87,7 @@ class Writer:
 def _available() -> float:
     """Bytes of memory that are free or can be freed; more than there can be where the system does not say."""
     try:
-        with open("/proc/meminfo") as f:
+        with open("/proc/meminfo", encoding="ascii") as f:
             return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return float("inf")
