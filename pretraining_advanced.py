@@ -495,7 +495,9 @@ def save(job: Job, optimizer: Optimizer, config: TrainConfig, parallel: Parallel
     tensors = {"model.safetensors": job.model.state_dict(), "optimizer.safetensors": tensors}
     tensors = {file: parallel.gathered(named) for file, named in tensors.items()}
     if parallel.rank != 0:
-        return not any(list(pairs) for pairs in tensors.values())
+        for pairs in tensors.values():
+            list(pairs)  # this rank's part in gathering, in the same order
+        return True
     more = {"optimizer_numbers": numbers, "loss_scale": parallel.loss_scale, "config": asdict(config), **job.facts}
     state = copy.deepcopy({"script": "pretraining_advanced.py", **state, **more})
     keep = [state["best"]["step"]] if state["best"] else []

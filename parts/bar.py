@@ -29,16 +29,8 @@ except ModuleNotFoundError:
         def set_postfix_str(self, *_, **__) -> None:
             """Nothing to show."""
 
-        def refresh(self) -> None:
-            """Nothing to show."""
-
         def close(self) -> None:
             """Nothing to end."""
-
-        @staticmethod
-        def write(text: str, **_) -> None:
-            """Print it."""
-            print(text, flush=True)
 
         @staticmethod
         def external_write_mode():

@@ -55,10 +55,10 @@ class Writer:
         if self.error:
             raise self.error
 
-    def _start(self, *call) -> None:
+    def _start(self, function, *inputs) -> None:
         def run():
             try:
-                call[0](*call[1:])
+                function(*inputs)
             except Exception as e:  # noqa: BLE001  raised again by wait
                 self.error = e
 

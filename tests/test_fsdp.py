@@ -35,7 +35,7 @@ def test_slices_train_as_the_whole_model_does(home, whole, world, accumulation, 
 def test_every_arrangement_goes_on_from_the_checkpoint_of_every_other(home):  # noqa: F811
     settings = {"grad_accum_steps": 2, "max_steps": 24, "save_ckpt_freq": 6, **SETTINGS}
     straight = train(home, "chain-straight", **settings)
-    chain = [(6, 1, "none"), (12, 2, "fsdp"), (18, 2, "ddp")]
+    chain = [(6, 1, "none"), (12, 2, "fsdp"), (18, 2, "ddp"), (21, 2, "fsdp")]
     for step, world, parallel in chain:
         stop(home, "chain", step - 1, world, parallel=parallel, **settings)
     folder = train(home, "chain", **settings)
@@ -62,6 +62,7 @@ def test_a_rank_that_dies_ends_the_job(home):  # noqa: F811
 
 def test_what_slices_cannot_do_is_refused_with_the_reason(home):  # noqa: F811
     assert "torchrun --nproc_per_node 2" in one_error_line(start(home, "bad", parallel="fsdp"), 2)
-    result = start(home, "bad", world=2, parallel="fsdp", optimizer="muon")
-    assert result.returncode == 1 and "--optimizer muon: needs whole matrices" in result.stderr
+    for optimizer in ("muon", "galore"):
+        result = start(home, "bad", world=2, parallel="fsdp", optimizer=optimizer)
+        assert result.returncode == 1 and f"--optimizer {optimizer}: needs whole matrices" in result.stderr
     assert not (home / "runs/bad").exists()
