@@ -16,6 +16,7 @@ import inspect
 import json
 import os
 import re
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -120,6 +121,7 @@ class Corpus:
         import datasets  # here: it costs half a second, and only a build needs it
         from datasets.distributed import split_dataset_by_node
 
+        datasets.config.TORCH_AVAILABLE = "torch" in sys.modules  # else its first row imports torch, to ask whether it is in a DataLoader
         self.name, self.subset, self.text_field = name, subset, text_field
         parts = parse_subsets(subset)
         self.limited, self.counted = max_documents is not None, False

@@ -30,6 +30,8 @@ import tiktoken
 EOT = "<|endoftext|>"
 # GPT-2 merges only inside these pieces: contractions, words, numbers, punctuation, white space.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+# The same pattern in brackets: tiktoken's engine tries whatever stands beside a look-ahead branch by branch, a group without one at once.
+BRACKETED = {GPT2_PATTERN: r"""(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s+"""}
 # OpenAI's merges, which are all of GPT-2's vocabulary, and the sha256 that tiktoken expects of them.
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
@@ -64,13 +66,22 @@ class Tokenizer:
     """
 
     def __init__(self, name: str, ranks: dict[bytes, int], special: dict[str, int], eot_text: str = EOT, pattern: str = GPT2_PATTERN):
+        self.merges = None  # pairs as written in a tokenizer.json, where a file said them; else `to_json` finds them
         self.name, self.ranks, self.special, self.eot_text, self.pattern = name, ranks, special, eot_text, pattern
-        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        self._threads = threading.local()
         self.vocab_size = self.encoding.n_vocab
         self.eot = special[eot_text]
         table = repr((pattern, sorted(ranks.items(), key=lambda item: item[1]), sorted(special.items()), eot_text))
         self.fingerprint = hashlib.sha256(table.encode()).hexdigest()[:16]  # equal fingerprints give equal ids
         self._json = None
+
+    @property
+    def encoding(self) -> tiktoken.Encoding:
+        """This thread's own: two threads with one would wait for each other inside its regular expression."""
+        if not hasattr(self._threads, "encoding"):
+            pattern = BRACKETED.get(self.pattern, self.pattern)
+            self._threads.encoding = tiktoken.Encoding(self.name, pat_str=pattern, mergeable_ranks=self.ranks, special_tokens=self.special)
+        return self._threads.encoding
 
     def encode(self, text: str) -> np.ndarray:
         """Ids (T,) uint32. Special tokens written in the text are text. Lone surrogates become U+FFFD."""
@@ -117,7 +128,7 @@ class Tokenizer:
                 return {"id": i, "content": text, **flags, "special": True}
 
             tokens = sorted(self.ranks, key=self.ranks.__getitem__)
-            merges = [[_written(part) for part in _last_merge(t, self.ranks)] for t in tokens if len(t) > 1]
+            merges = self.merges or [[_written(part) for part in _last_merge(t, self.ranks)] for t in tokens if len(t) > 1]
             split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
             byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
             spec = {
@@ -269,9 +280,11 @@ def _sha256(path: Path) -> str:
 
 def _gpt2_of_merges(path: Path) -> Tokenizer:
     """GPT-2's numbering: 256 bytes in the order of their stand-ins, one id per merge, end-of-text last."""
-    merges = path.read_text(encoding="utf-8").splitlines()[1:]  # the first line is a version
-    tokens = [bytes([b]) for b in BYTE_TO_CHAR] + [_token_of(line.replace(" ", "")) for line in merges if line.strip()]
-    return Tokenizer("gpt2", {token: i for i, token in enumerate(tokens)}, {EOT: len(tokens)})
+    merges = [line.split(" ") for line in path.read_text(encoding="utf-8").splitlines()[1:] if line]  # the first line is a version
+    tokens = [bytes([b]) for b in BYTE_TO_CHAR] + [_token_of(a + b) for a, b in merges]
+    tokenizer = Tokenizer("gpt2", {token: i for i, token in enumerate(tokens)}, {EOT: len(tokens)})
+    tokenizer.merges = merges
+    return tokenizer
 
 
 def make_tokenizer(spec: str, texts, on_gpu: bool = False) -> Tokenizer:
