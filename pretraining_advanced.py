@@ -51,7 +51,7 @@ from parts.parallel import Parallel, attention_kernel, choose_dtype, out_of_memo
 from parts.resume import DATA, must_agree, resolve_length
 from parts.shards import Shards, content_hash, read_index
 from parts.tokenizers import Tokenizer, gpt2_tokenizer
-from parts.writer import Writer
+from parts.writer import Writer, available_memory
 from prep_dataset import SmollmConfig, prepare_tokens
 
 # ------------------------------------------------------------------------------------------------ configuration
@@ -115,6 +115,7 @@ class TrainConfig:
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of the products; weights and sums are fp32 always
     compile: bool = False  # torch.compile each block
     activation_checkpointing: bool = False  # recompute the blocks in the backward pass: less memory, a third more time
+    cpu_offload: bool = False  # under fsdp on GPUs: weights and optimizer state lie in the CPU's memory; slower, for models that fit no GPU
     deterministic: bool = False  # same bits in every run on a GPU too, at some cost; on a CPU they are anyway
     # telling
     run_name: str = "advanced"  # name of the run
@@ -127,6 +128,7 @@ class TrainConfig:
     debug: bool = False  # show the traceback of an error
 
 
+WRAPPING = ("activation_checkpointing", "compile", "cpu_offload")
 MAY_BE_ZERO = ("min_lr", "warmup_steps", "weight_decay", "max_grad_norm", "dropout", "seed", "spike_zscore")
 
 
@@ -134,7 +136,7 @@ MAY_BE_ZERO = ("min_lr", "warmup_steps", "weight_decay", "max_grad_norm", "dropo
 class Job:
     """What to train: everything that `train` does not know by itself. A recipe hands over one of these."""
 
-    model: torch.nn.Module  # plain, on the CPU
+    model: torch.nn.Module  # plain, on the CPU; made within parallel.building()
     train_batches: TrainBatches  # endless micro-batches; share(), leave_out(), state_dict(), load_state_dict()
     val_batches: Callable  # () -> a fresh pass over the same batches, on every rank alike
     loss_fn: Callable  # (model, batch) -> fp32 sum of the loss over the targets that are not -100
@@ -157,6 +159,8 @@ def check(config: TrainConfig) -> None:
         raise ValueError("--run_name, --output_dir: a name is empty; give the run one of its own")
     if config.seed >= 2**32:
         raise ValueError(f"--seed: {config.seed} does not fit into 32 bits")
+    if config.cpu_offload and config.parallel != "fsdp":
+        raise ValueError(f"--cpu_offload: goes with --parallel fsdp, this is {config.parallel}; start with torchrun, or leave it out")
     names = [name for name in config.allow_change.split(",") if name]
     if wrong := [name for name in names if name not in TrainConfig.__dataclass_fields__]:
         raise ValueError(f"--allow_change: {', '.join(wrong)}: no such setting; write --allow_change max_lr,max_steps")
@@ -263,13 +267,15 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         with parallel.agree():
-            found = None
+            found = tensors = None
+            if config.cpu_offload:
+                enough_memory(job, parallel)
             if master:
                 enough_disk(run_dir, config, job)
                 stack.enter_context(checkpoint.claimed(run_dir, afresh=config.resume == "never"))
                 found = find_checkpoint(config, run_dir)
                 state, tensors = read_checkpoint(found, config, job) if found else ({}, {})
-        state, tensors = parallel.share(state if master else None, tensors if master else None)  # only rank 0 needs to see the disk
+        state = parallel.share(state if master else None)
         with parallel.agree():
             rows_per_step, accum = share_out(config, state, job, parallel)
             resolve_length(config, state.get("config", {}), job.train_batches.n_windows, rows_per_step)
@@ -287,7 +293,7 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
             return Optimizer(model, job.blocks, config.optimizer, config.weight_decay, parallel.device, *galore)
 
         with parallel.agree():
-            model, optimizer = parallel.prepare(job.model, job.blocks, make_optimizer, config.activation_checkpointing, config.compile)
+            model, optimizer = parallel.prepare(job.model, job.blocks, make_optimizer, *(getattr(config, name) for name in WRAPPING))
             guard = Guard(config.max_bad_steps, config.spike_zscore, config.spike_window)
             if state:
                 load(state, tensors, job, optimizer, guard, config, parallel)
@@ -317,7 +323,7 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
         stack.callback(writer.wait)
         if master:
             writer.reserve(checkpoint_bytes(job, config) + 2**20, parallel.device.type == "cuda")
-        record = dict(parallel.share(journal.last if master else None, {})[0])  # of the step that we stand at, perhaps not complete
+        record = dict(parallel.share(journal.last if master else None))  # of the step that we stand at, perhaps not complete
         saved, saved_at, plotted_at = step, time.monotonic(), time.monotonic()
         stopping = save_now = failed = False
         unreadable = went_back_to = None  # why there is no next batch; the step that bad ones sent the run back to
@@ -412,7 +418,7 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
                 if master:
                     journal.rewind(step)
                     sampled = checkpoint.trim_samples(run_dir / "samples.txt", step)
-                record = parallel.share(journal.last if master else None, {})[0] | {"left_out_windows": left_out}
+                record = parallel.share(journal.last if master else None) | {"left_out_windows": left_out}
                 batches = stack.enter_context(Prefetch(job.train_batches, parallel.device))
                 feed, bar.n = iter(batches), step
             mfu = f", MFU {figures['mfu']:.1%}" if figures["mfu"] else ""
@@ -545,17 +551,22 @@ def read_checkpoint(folder: Path, config: TrainConfig, job: Job) -> tuple[dict, 
 
 def load(state: dict, tensors: dict, job: Job, optimizer: Optimizer, guard: Guard, config: TrainConfig, parallel: Parallel) -> None:
     """Put everything that has a state where a checkpoint has it."""
-    weights = job.model.state_dict()
-    job.model.load_state_dict({name: slice_like(weights[name], tensors[name].to(parallel.device)) for name in weights})
-    if all(state["config"][name] == getattr(config, name) for name in ("optimizer", "galore_rank")):
-        optimizer.load_state_dict({name: t for name, t in tensors.items() if name not in weights}, state["optimizer_numbers"])
+    weights, same = job.model.state_dict(), all(state["config"][name] == getattr(config, name) for name in ("optimizer", "galore_rank"))
+    for name, tensor in parallel.shared(tensors):
+        if name in weights:
+            weights[name].copy_(slice_like(weights[name], tensor.to(parallel.device)))
+        elif same:
+            optimizer.load_state_dict({name: tensor})
+    if same:
+        optimizer.load_state_dict(state["optimizer_numbers"])
     else:
         say("another --optimizer or --galore_rank than before: what the optimizer remembers begins anew", parallel)
     job.train_batches.load_state_dict(state["data_cursor"])
     if "guard" in state:  # older checkpoints have none
         guard.load_state_dict(state["guard"])
     parallel.loss_scale = parallel.loss_scale and (state["loss_scale"] or parallel.loss_scale)
-    tensors.clear()  # as much memory as weights and optimizer state
+    if tensors:
+        tensors.clear()  # as much memory as weights and optimizer state
 
 
 def last_good(run_dir: Path, why: str, went_back_to: int | None, parallel: Parallel) -> tuple[dict, dict]:
@@ -573,7 +584,7 @@ def last_good(run_dir: Path, why: str, went_back_to: int | None, parallel: Paral
             raise RuntimeError(f"{run_dir}: {why}, and no checkpoint to go back to; begin again with a lower --max_lr")
         if state["step"] == went_back_to:
             raise RuntimeError(f"{run_dir}: {why}, once more since step {went_back_to}; go on from there with a lower --max_lr")
-    return parallel.share(state, tensors)
+    return parallel.share(state), tensors
 
 
 def share_out(config: TrainConfig, state: dict, job: Job, parallel: Parallel) -> tuple[int, int]:
@@ -599,6 +610,15 @@ def checkpoint_bytes(job: Job, config: TrainConfig) -> int:
     """Bytes of weights and optimizer state."""
     weights = sum(p.nbytes for p in job.model.state_dict().values())
     return weights + predicted_state_bytes(job.model, job.blocks, config.optimizer, config.galore_rank)
+
+
+def enough_memory(job: Job, parallel: Parallel) -> None:
+    """Raises ValueError where the slices of this machine's ranks, with gradients and optimizer state, do not fit its memory."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / parallel.world
+    need, free = 16 * sum(p.numel() for p in job.model.parameters()) * here, available_memory()
+    if need > free:
+        what = f"weights, gradients and two moments need {need / 1e9:.2f} GB of this machine's memory, {free / 1e9:.2f} are free"
+        raise ValueError(f"--cpu_offload: {what}; start on more machines, or take a smaller model")
 
 
 def enough_disk(run_dir: Path, config: TrainConfig, job: Job) -> None:
@@ -663,7 +683,7 @@ def main(config: TrainConfig) -> int:
     config.dtype = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
     with Parallel(config.parallel, device, dtype) as parallel:
         say(f"{device}, {parallel.world} process{'es' if parallel.world > 1 else ''}, {config.dtype}: {why}", parallel)
-        with parallel.agree():
+        with parallel.agree(), parallel.building():
             job = gpt_job(config)
         with parallel.agree():
             parallel.same(job.facts, f"let all ranks see the same --dataset_name {config.dataset_name} and --cache_dir {config.cache_dir}")

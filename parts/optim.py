@@ -45,7 +45,7 @@ def slice_like(parameter, value):
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None).to(parameter.device)
 
 
 class AdamW:
@@ -170,10 +170,10 @@ class Optimizer:
                         numbers[key] = value
         return tensors, numbers
 
-    def load_state_dict(self, tensors: dict, numbers: dict) -> None:
-        """What `state_dict` gave, for a model of the same shape. Raises ValueError for parameters that are not here."""
+    def load_state_dict(self, values: dict) -> None:
+        """What `state_dict` gave, or a part of it, for a model of the same shape. Raises ValueError for parameters that are not here."""
         owner = {self.names[p]: (part, group, p) for part in self.parts for group in part.param_groups for p in group["params"]}
-        for key, value in (*tensors.items(), *numbers.items()):
+        for key, value in values.items():
             name, _, entry = key.rpartition("|")
             if name not in owner:
                 raise ValueError(f"the optimizer state has {key!r}, this run has no such parameter")

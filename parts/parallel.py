@@ -28,6 +28,8 @@ import sys
 import torch
 from torch.utils.checkpoint import checkpoint
 
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]
+
 
 class Parallel:
     """Where this process stands among the others, its device and its arithmetic. A context manager: leaving it closes the group."""
@@ -102,26 +104,33 @@ class Parallel:
         if wrong := [r for r in range(self.world) if digests[r] != digests[0]]:
             raise ValueError(f"rank {wrong[0]} has other data or another tokenizer than rank 0; {way_out}")
 
-    def share(self, state: dict | None, tensors: dict | None) -> tuple[dict, dict]:
-        """Rank 0's JSON values and named tensors, on all ranks: only one of them needs to see the disk."""
+    def share(self, state: dict | None) -> dict:
+        """Rank 0's JSON values, on all ranks: only one of them needs to see the disk."""
         if self.world == 1:
-            return state, tensors
+            return state
+        text = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8) if self.rank == 0 else None
+        return json.loads(self._broadcast(text).numpy().tobytes())
+
+    def shared(self, tensors: dict | None):
+        """Rank 0's (name, tensor) pairs, on all ranks, one at a time: no other rank ever holds all of them."""
+        if self.world == 1:
+            yield from tensors.items()
+            return
+        for name in self.share(list(tensors) if self.rank == 0 else None):
+            yield name, self._broadcast(tensors[name].contiguous() if self.rank == 0 else None)
+
+    def _broadcast(self, tensor):
+        """Rank 0's tensor (on the CPU), on all ranks."""
         import torch.distributed as dist
 
-        spec = None
+        code = torch.zeros(12, dtype=torch.int64)  # which dtype, how many dimensions, the dimensions
         if self.rank == 0:
-            listed = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
-            spec = torch.frombuffer(bytearray(json.dumps([state, listed]).encode()), dtype=torch.uint8)
-        size = torch.tensor([len(spec) if self.rank == 0 else 0])
-        dist.broadcast(size, 0)
-        spec = spec if self.rank == 0 else torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(spec, 0)
-        state, listed = json.loads(spec.numpy().tobytes())
-        shared = {}
-        for name, (dtype, shape) in listed.items():
-            shared[name] = tensors[name].contiguous() if self.rank == 0 else torch.empty(shape, dtype=getattr(torch, dtype))
-            dist.broadcast(shared[name], 0)
-        return state, shared
+            code[: 2 + tensor.ndim] = torch.tensor([DTYPES.index(tensor.dtype), tensor.ndim, *tensor.shape])
+        dist.broadcast(code, 0)
+        kind, n_dims, *shape = code.tolist()
+        tensor = tensor if self.rank == 0 else torch.empty(shape[:n_dims], dtype=DTYPES[kind])
+        dist.broadcast(tensor, 0)
+        return tensor
 
     def gathered(self, named: dict):
         """
@@ -135,9 +144,15 @@ class Parallel:
 
     # ------------------------------------------------------------------------------------------------- training
 
-    def prepare(self, model, blocks, make_optimizer, activation_checkpointing: bool = False, compile_blocks: bool = False):
+    def building(self):
+        """Around the making of the model. Under fsdp only rank 0 gives it memory; the others get their slices of it in `prepare`."""
+        return torch.device("meta") if self.kind == "fsdp" and self.rank else contextlib.nullcontext()
+
+    def prepare(self, model, blocks, make_optimizer, activation_checkpointing=False, compile_blocks=False, cpu_offload=False):
         """
         (model to call, optimizer) of a plain model: activation checkpointing, compile per block, device, optimizer, wrap.
+
+        cpu_offload: under fsdp the slices and the optimizer stay in the memory of the CPU, and a block's weights travel when needed.
 
         The plain model stays what it was, with its own names: it is the one to save, to evaluate and to sample from.
         """
@@ -147,15 +162,9 @@ class Parallel:
             if compile_blocks:
                 block.compile(dynamic=False)  # a new shape would otherwise change the kernels of the old one
         if self.kind == "fsdp":
-            from torch.distributed.device_mesh import init_device_mesh
-            from torch.distributed.fsdp import fully_shard
-
-            mesh = init_device_mesh(self.device.type, (self.world,))
-            # block by block, so that no device ever holds the whole model
-            for block in [m for m in model.modules() if isinstance(m, tuple(blocks))]:
-                fully_shard(block, mesh=mesh)
-            fully_shard(model, mesh=mesh)
-        model.to(self.device)
+            self._slice(model, blocks, cpu_offload)
+        else:
+            model.to(self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
         optimizer = make_optimizer(model)
@@ -168,6 +177,26 @@ class Parallel:
         # backward, and from 3 ranks up a resumed run would add in another order than the straight one
         self.wrapped = DistributedDataParallel(model, device_ids=ids, find_unused_parameters=True, broadcast_buffers=False)
         return self.wrapped, optimizer
+
+    def _slice(self, model, blocks, cpu_offload: bool) -> None:
+        """Lay the weights in slices on all ranks, block by block, so that no device ever holds the whole model."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        policy = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if cpu_offload else OffloadPolicy()
+        whole = {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())} if self.rank == 0 else {}
+        for module in (*(m for m in model.modules() if isinstance(m, tuple(blocks))), model):
+            fully_shard(module, mesh=mesh, offload_policy=policy)
+        home = torch.device("cpu") if cpu_offload else self.device
+        model.to(home) if self.rank == 0 else model.to_empty(device=home)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):  # what the others have is empty still
+            value = self._broadcast(whole.pop(name, None)).to(self.device)
+            if hasattr(tensor, "placements"):
+                tensor.data.to_local().copy_(distribute_tensor(value, mesh, tensor.placements, src_data_rank=None).to_local())
+            else:
+                tensor.copy_(value)
 
     @contextlib.contextmanager
     def sync(self, model, last: bool):
@@ -249,7 +278,15 @@ def choose_dtype(name: str, device) -> tuple[torch.dtype, str]:
 
 
 def why_no_compiler(device) -> str | None:
-    """None where torch.compile works on this device, else the reason, in a line."""
+    """
+    None where torch.compile works on this device, else the reason, in a line.
+
+    Its kernels are kept in the user's cache, not in the temporary folder, which a restart of the machine empties.
+    """
+    folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "torchinductor")
+    with contextlib.suppress(OSError):  # no home that can be written: they stay where torch has them
+        os.makedirs(folder, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
         return None

@@ -66,7 +66,7 @@ class Writer:
         self.thread.start()
 
     def _take(self, n_bytes: int, pinned: bool) -> None:
-        if 2 * n_bytes > _available():
+        if 2 * n_bytes > available_memory():
             return  # checkpoints are written while the training waits
         try:
             room = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=pinned)
@@ -84,7 +84,7 @@ class Writer:
         return True
 
 
-def _available() -> float:
+def available_memory() -> float:
     """Bytes of memory that are free or can be freed; more than there can be where the system does not say."""
     try:
         with open("/proc/meminfo", encoding="ascii") as f:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -30,6 +32,34 @@ def test_slices_train_as_the_whole_model_does(home, whole, world, accumulation, 
         assert {k: (t.shape, t.dtype) for k, t in ours.items()} == {k: (t.shape, t.dtype) for k, t in theirs.items()}
     weights = tensors(whole)
     assert all(torch.allclose(t, weights[k], atol=1e-5) for k, t in tensors(folder).items() if "c_attn.bias" not in k)
+
+
+BUILDING = """
+import torch
+from parts.parallel import Parallel
+from gpt_train import GPT, Block, GPTConfig
+with Parallel("fsdp", torch.device("cpu"), torch.float32) as parallel:
+    with parallel.building():
+        model = GPT(GPTConfig(vocab_size=64, block_size=8, n_layer=2, n_head=2, n_embd=16))
+    assert next(model.parameters()).is_meta == (parallel.rank > 0)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    parallel.prepare(model, (Block,), lambda model: None)
+    for name, t in parallel.gathered(model.state_dict()):
+        assert torch.equal(t, before[name]), name
+"""
+
+
+def test_only_rank_0_gives_the_whole_model_memory_and_the_others_get_their_slices(tmp_path):
+    (tmp_path / "building.py").write_text(BUILDING, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "building.py"]
+    subprocess.run(command, check=True, timeout=120)
+
+
+def test_offload_trains_the_same_and_refuses_what_has_no_room(home):  # noqa: F811
+    plain = train(home, "on-device", 2, parallel="fsdp", max_steps=8, **SETTINGS)
+    offloaded = train(home, "offloaded", 2, parallel="fsdp", max_steps=8, cpu_offload=True, **SETTINGS)
+    assert state_of(offloaded) == state_of(plain)
+    assert "--cpu_offload: goes with --parallel fsdp" in one_error_line(start(home, "bad", cpu_offload=True), 2)
 
 
 def test_every_arrangement_goes_on_from_the_checkpoint_of_every_other(home):  # noqa: F811

@@ -109,13 +109,13 @@ def test_state_goes_to_plain_tensors_and_back_to_the_same_bits(kind):
     twin = small()
     twin.load_state_dict(model.state_dict())
     other = Optimizer(twin, (Block,), kind, 0.1, CPU, **options)
-    other.load_state_dict(tensors, numbers)
+    other.load_state_dict({**tensors, **numbers})
     for step in range(4, 8):
         one_step(model, optimizer, step)
         one_step(twin, other, step)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
     with pytest.raises(ValueError, match=r"h\.9"):
-        other.load_state_dict({"h.9.weight|exp_avg": torch.zeros(1)}, {})
+        other.load_state_dict({"h.9.weight|exp_avg": torch.zeros(1)})
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -72,7 +72,7 @@ def test_more_than_the_memory_taken_is_written_at_once(tmp_path, large):
 
 
 def test_without_memory_for_a_copy_the_training_waits(tmp_path, large, monkeypatch):
-    monkeypatch.setattr(writer, "_available", lambda: 2**20)
+    monkeypatch.setattr(writer, "available_memory", lambda: 2**20)
     w = ready(save_checkpoint)
     assert w.save(tmp_path, 5, {"model.safetensors": [("a", torch.ones(3))]}, {}, {}, 3)
     assert len(list_checkpoints(tmp_path)) == 1
