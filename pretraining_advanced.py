@@ -387,8 +387,9 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
             minutes = (time.monotonic() - began) / 60
             out_of_time = master and config.max_minutes is not None and minutes > config.max_minutes
             save_due = master and (time.monotonic() - saved_at) / 60 > config.save_ckpt_minutes
-            loss, stopping, save_now = parallel.all_sum([total.item(), float(bool(stop) or out_of_time), float(save_due)])
-            loss, stopping, save_now = loss / n_targets, stopping > 0, save_now > 0
+            splits = [state["split"] * (rank == parallel.rank) for rank in range(parallel.world)]  # this rank's at its place
+            loss, stopping, save_now, *splits = parallel.all_sum([total.item(), bool(stop) or out_of_time, save_due, *splits])
+            loss, stopping, save_now, state["split"] = loss / n_targets, stopping > 0, save_now > 0, int(max(splits))
             bad = guard.objection(loss)
             grad_norm = parallel.step(optimizer, config.max_grad_norm, apply=bad is None)
             if bad is None and not math.isfinite(grad_norm):
@@ -440,7 +441,8 @@ def gradients(job, model, optimizer, micro_batches: list[dict], n_targets: float
     """
     Add the gradients of one step, each micro-batch in state["split"] parts; returns the summed loss, on the device.
 
-    Where the memory does not suffice it is done again in twice as many parts: the same rows in the same order.
+    Where the memory does not suffice it is done again in twice as many parts: the same rows in the same order. Under ddp
+    each rank may, until its part of the exchange has begun; under fsdp none, since the others wait inside the forward pass.
     """
     while True:
         step, split = state["step"], state["split"]
@@ -458,22 +460,23 @@ def gradients(job, model, optimizer, micro_batches: list[dict], n_targets: float
         except (RuntimeError, MemoryError) as e:
             if not out_of_memory(e):
                 raise
-            what = f"step {step + 1}: out of memory with micro-batches of {math.ceil(config.batch_size / split)} rows"
+            where = f"rank {parallel.rank}, " if parallel.world > 1 else ""
+            what = f"{where}step {step + 1}: out of memory with micro-batches of {math.ceil(config.batch_size / split)} rows"
         # here, where what the failed pass held is free again
         optimizer.zero_grad()
         loss = piece = pieces = None
         if parallel.device.type == "cuda":
             torch.cuda.empty_cache()
-        if parallel.world > 1 or split >= config.batch_size:  # the other ranks wait for this one's gradients
+        if parallel.exchanging or split >= config.batch_size:
             B, accum = max(1, config.batch_size // 2), 2 * config.grad_accum_steps
             raise RuntimeError(f"{what}; the same run goes on with --batch_size {B} --grad_accum_steps {accum}, or take a smaller model")
         state["split"] *= 2
-        say(f"{what}; each in {state['split']} parts from here on", parallel)
+        say(f"{what}; each in {state['split']} parts from here on", parallel, every_rank=True)
 
 
-def say(text: str, parallel: Parallel) -> None:
+def say(text: str, parallel: Parallel, every_rank: bool = False) -> None:
     """One line for people, from one of the processes."""
-    if parallel.rank == 0 and text:
+    if (parallel.rank == 0 or every_rank) and text:
         with tqdm.external_write_mode():
             print(text, flush=True)
 

@@ -47,6 +47,7 @@ class Parallel:
             )
         self.kind = "none" if self.world == 1 else "fsdp" if kind == "fsdp" else "ddp"
         self.lockstep = self.kind == "fsdp"  # a forward pass needs all ranks, also in evaluation and sampling
+        self.exchanging = self.lockstep  # the others wait for this rank's part: too late to do the step again
         self.loss_scale = {"scale": 2.0**15, "good": 0} if dtype == torch.float16 else None
         if self.world > 1:
             import torch.distributed as dist  # here: one process does without
@@ -172,6 +173,7 @@ class Parallel:
             return model, optimizer
         from torch.nn.parallel import DistributedDataParallel
 
+        model.register_forward_hook(lambda *_: setattr(self, "exchanging", self.wrapped.require_backward_grad_sync))
         ids = [self.device.index] if self.device.type == "cuda" else None
         # find_unused_parameters keeps the gradient buckets as they are; DDP otherwise orders them anew after the first
         # backward, and from 3 ranks up a resumed run would add in another order than the straight one
@@ -201,6 +203,7 @@ class Parallel:
     @contextlib.contextmanager
     def sync(self, model, last: bool):
         """Around forward and backward of a micro-batch: autocast, and gradients are exchanged with the last one only."""
+        self.exchanging = self.lockstep
         if self.kind == "fsdp":
             model.set_requires_gradient_sync(last)
         with model.no_sync() if self.kind == "ddp" and not last else contextlib.nullcontext():

@@ -222,6 +222,45 @@ def test_too_little_memory_halves_the_micro_batches_and_stays_exact(home, monkey
     assert [r[0] for r in mine[3]] == [r[0] for r in theirs[3]]
 
 
+SMALL_RANK_1 = """
+import sys, torch, pretraining_advanced as advanced
+from gpt_train import MLP
+plain = MLP.forward
+
+def forward(self, x):
+    if torch.distributed.get_rank() == 1 and self.training and len(x) > int(sys.argv[1]):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return plain(self, x)
+
+MLP.forward = forward
+config = advanced.TrainConfig(dataset_name="data", tokenizer="bytes", val_share=0.05, model_size="nano", context_length=32,
+    batch_size=4, max_steps=6, max_lr=1e-4, warmup_steps=2, device="cpu", dtype="fp32", print_sample_iter=100,
+    run_name=sys.argv[2], parallel=sys.argv[3])
+sys.exit(advanced.main(config))
+"""
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_too_little_memory_on_one_of_two_ranks(home, parallel):
+    (home / "small.py").write_text(SMALL_RANK_1, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", home / "small.py"]
+
+    def start(rows: int):
+        arguments, env = [str(rows), f"{parallel}-{rows}", parallel], {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run([*command, *arguments], cwd=home, env=env, capture_output=True, text=True, timeout=120)
+
+    done = start(2)
+    if parallel == "fsdp":
+        assert done.returncode == 1 and "out of memory with micro-batches of 4 rows; the same run goes on with" in done.stderr
+        return
+    assert "rank 1, step 1: out of memory with micro-batches of 4 rows; each in 2 parts" in done.stdout, done.stderr
+    assert done.stdout.count("out of memory") == 1, "the other rank splits too, from the next step on"
+    assert start(4).returncode == 0
+    losses = [[r.get("train_loss") for r in records(home, f"{parallel}-{rows}")[1:]] for rows in (2, 4)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 6
+    assert load_checkpoint(newest_checkpoint(home / "runs" / f"{parallel}-2"))[1]["split"] == 2
+
+
 def test_one_row_that_does_not_fit_ends_the_run(home, monkeypatch):
     def no_memory(windows, loss):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
