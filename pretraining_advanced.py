@@ -671,7 +671,7 @@ def tell_what_runs(job: Job, config: TrainConfig, parallel: Parallel, rows_per_s
 
 def main(config: TrainConfig) -> int:
     """Train a GPT; returns the exit code."""
-    warnings.filterwarnings("ignore", message="find_unused_parameters=True")  # set for its bucket order, not for unused ones
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # what stands in for it is missing before torch 2.13
     check(config)
     config.output_dir = config.output_dir or f"runs/{config.run_name}"
     if "LOCAL_RANK" in os.environ and config.device in ("auto", "cuda") and torch.cuda.is_available():

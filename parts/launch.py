@@ -29,10 +29,11 @@ def _on_requests(handler) -> dict:
 def quiet_ctrl_c() -> None:
     """
     From now on a request to stop leaves at once, with its exit code and no traceback. For the seconds in which torch is
-    imported; a package that is missing is told in one line, then and later.
+    imported; a package that is missing is told in one line, then and later, and torch's C++ side tells errors only.
     """
     _on_requests(lambda number, _: os._exit(130 if number == signal.SIGINT else 75))
     sys.excepthook = _tell
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warns of find_unused_parameters, which is wanted for its order of adding
 
 
 def _tell(kind, e, trace) -> None:
