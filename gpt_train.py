@@ -20,20 +20,27 @@ if __name__ == "__main__":  # before torch is imported, so that Ctrl-C in those 
 
     quiet_ctrl_c()
 
-import io
+import codecs
+import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from parts import scoring
 from parts.checkpoint import load_checkpoint, newest_checkpoint, write_file
 from parts.config import parse
 from parts.launch import error_line, run_script
 from parts.meter import read_metrics
 from parts.objectives import cross_entropy_of_head
+from parts.parallel import choose_dtype, pick_device
+from parts.plots import draw_losses
+from parts.shards import Shards, read_index
 from parts.tokenizers import Tokenizer
 
 # ---------------------------------------------------------------------------------------------------- the model
@@ -49,6 +56,7 @@ class GPTConfig:
     n_head: int = 12  # H, attention heads per block
     n_embd: int = 768  # C, width of the residual stream
     dropout: float = 0.0  # share of activations zeroed while training
+    tied: bool = True  # the output head is the token embedding itself; False: a matrix of its own, as some imported weights have
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -83,20 +91,22 @@ SIZES = {
 
 
 class LayerCache:
-    """Keys and values, each (B, H, T, D), of the positions one attention layer has already seen."""
+    """Keys and values, each (B, H, T, D), of the positions one attention layer has already seen; room for `capacity` of them."""
 
-    def __init__(self):
-        self.k = self.v = None
+    def __init__(self, capacity: int):
+        self.capacity, self.n, self.k, self.v = capacity, 0, None, None
 
     def __len__(self) -> int:
-        return 0 if self.k is None else self.k.shape[2]
+        return self.n
 
     def extend(self, k, v):
         """All keys and values up to now, the new ones last."""
-        if self.k is not None:
-            k, v = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
-        self.k, self.v = k, v
-        return k, v
+        if self.k is None:  # taken once: to join old and new for every token would copy them all each time
+            B, H, _, D = k.shape
+            self.k, self.v = k.new_empty(B, H, self.capacity, D), v.new_empty(B, H, self.capacity, D)
+        start, self.n = self.n, self.n + k.shape[2]
+        self.k[:, :, start : self.n], self.v[:, :, start : self.n] = k, v
+        return self.k[:, :, : self.n], self.v[:, :, : self.n]
 
 
 def attends_in_products(device, dtype, T: int, dropout: float) -> bool:
@@ -178,7 +188,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2. The output head is the token embedding itself (tied weights), so it is stored and counted once."""
+    """GPT-2. The output head is the token embedding itself (tied weights), stored and counted once, unless the config says otherwise."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -188,6 +198,8 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
+        if not config.tied:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.apply(self._init_weights)
         # 2 L products add to the residual stream; scaled like this its variance does not grow with depth.
         for name, parameter in self.named_parameters():
@@ -198,12 +210,12 @@ class GPT(nn.Module):
     def _init_weights(module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def forward(self, ids, targets=None, cache: list[LayerCache] | None = None):
+    def forward(self, ids, targets=None, cache: list[LayerCache] | None = None, last: bool = False):
         """
-        Logits for the token after each position; with `targets` the loss instead.
+        Logits for the token after each position, or after the `last` one only; with `targets` the loss instead.
 
         ids (B, T) int64 with T <= block_size. Returns logits (B, T, V). With targets (B, T) int64 it returns the
         fp32 **sum** of the cross-entropy over targets that are not -100, a scalar: sums of ragged batches can be
@@ -216,32 +228,32 @@ class GPT(nn.Module):
             raise ValueError(f"GPT: {seen + T} tokens are more than the context of {self.config.block_size}; crop the input")
         positions = torch.arange(seen, seen + T, device=ids.device)
         # sparse: the embedding's gradient is a few rows, added to the head's; otherwise a second (V, C) of zeros comes about
-        x = F.embedding(ids, self.wte.weight, sparse=ids.device.type == "cpu")  # (B, T, C)
+        x = F.embedding(ids, self.wte.weight, sparse=self.config.tied and ids.device.type == "cpu")  # (B, T, C)
         x = self.dropout(x + self.wpe(positions))
         for i, block in enumerate(self.h):
             x = block(x, cache[i] if cache else None)
-        x = self.ln_f(x)
+        x, head = self.ln_f(x), self.wte.weight if self.config.tied else self.lm_head.weight
         if targets is None:
-            return F.linear(x, self.wte.weight)  # (B, T, V)
-        return cross_entropy_of_head(x.flatten(0, 1), self.wte.weight, targets.flatten())
+            return F.linear(x[:, -1:] if last else x, head)  # (B, T, V) or (B, 1, V)
+        return cross_entropy_of_head(x.flatten(0, 1), head, targets.flatten())
 
 
 def count_parameters(config: GPTConfig) -> int:
     """Trainable numbers in a GPT of this shape, tied ones once, without building it."""
     C = config.n_embd
     block = 12 * C * C + 13 * C  # attention 4 C^2 + 4 C, MLP 8 C^2 + 5 C, two norms 4 C
-    return (config.vocab_size + config.block_size) * C + config.n_layer * block + 2 * C
+    return (config.vocab_size * (1 if config.tied else 2) + config.block_size) * C + config.n_layer * block + 2 * C
 
 
 def flops_per_token(config: GPTConfig) -> int:
     """
     Floating-point operations to train on one token at full context, forward and backward.
 
-    6 per weight of a matrix product (the tied head is one, position embeddings are not) and 12 L C T for
+    6 per weight of a matrix product (the head is one, looking up embeddings is none) and 12 L C T for
     attention scores and values. Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """
     c = config
-    n_weights = count_parameters(c) - c.block_size * c.n_embd
+    n_weights = count_parameters(c) - (c.block_size + (0 if c.tied else c.vocab_size)) * c.n_embd
     return 6 * n_weights + 12 * c.n_layer * c.n_embd * c.block_size
 
 
@@ -323,25 +335,25 @@ def _sample_next(logits, temperature, top_k, top_p, generator):
 
 
 @torch.no_grad()
-def generate(
-    model, ids, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, seed=None, stop_token=None, use_cache=True, should_stop=None
-):
+def stream(model, ids, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, seed=None, stop_token=None, use_cache=True, n_ids=None):
     """
-    The ids with up to `max_new_tokens` sampled ones behind them: (B, T) int64 -> (B, T + n).
+    The tokens that follow ids (B, T) int64, as they are sampled: up to `max_new_tokens` times (B, 1).
 
     temperature 0 is greedy; top_k keeps the k likeliest tokens, top_p the smallest set whose probability reaches p
-    (Holtzman et al. 2020). A row that has produced `stop_token` is filled up with it; generation ends when all have.
-    `seed` fixes the result; the global random state is neither read nor changed, so sampling cannot disturb training.
+    (Holtzman et al. 2020). A row that has produced `stop_token` is filled up with it; it ends when all have. `n_ids`: only
+    ids below it are sampled, where the model has more of them than the tokenizer. `seed` fixes the result; the global random
+    state is neither read nor changed, so sampling cannot disturb training.
     The model reads at most its last block_size tokens. While all fit, keys and values are cached; past that point
     every learned position shifts with each token, so the window is read anew: slower, and the same ids as without
-    a cache. should_stop() true ends it at the next token. Raises ValueError for an empty prompt or options out of range.
+    a cache. Raises ValueError for an empty prompt or options out of range.
     """
+    V = n_ids or model.config.vocab_size
     if ids.ndim != 2 or ids.shape[1] == 0:
         raise ValueError(f"generate: ids have shape {tuple(ids.shape)}; give (B, T) with at least one token, such as end-of-text")
     if not temperature >= 0:
         raise ValueError(f"--temperature: {temperature} is not 0 or more; use 0 for greedy, 1 for the model's own distribution")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"--top_k: {top_k} keeps no token; use 1 or more")
+    if top_k is not None and not 1 <= top_k <= V:
+        raise ValueError(f"--top_k: {top_k} is not between 1 and the {V} tokens of the vocabulary")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"--top_p: {top_p} is not in (0, 1]")
     if seed is not None and abs(seed) >= 2**63:
@@ -355,30 +367,57 @@ def generate(
     model.eval()
     cache, fresh = None, ids[:, -block_size:]  # fresh: what the model reads in the coming call
     if use_cache and ids.shape[1] < block_size:
-        cache = [LayerCache() for _ in model.h]
+        cache = [LayerCache(min(block_size, ids.shape[1] + max_new_tokens)) for _ in model.h]
     stopped = torch.zeros(ids.shape[0], 1, dtype=torch.bool, device=ids.device)
-    for _ in range(max_new_tokens):
-        logits = model(fresh, cache=cache)[:, -1]  # (B, V)
-        next_ids = _sample_next(logits, temperature, top_k, top_p, generator)  # (B, 1)
-        if stop_token is not None:
-            next_ids = next_ids.masked_fill(stopped, stop_token)
-            stopped |= next_ids == stop_token
-        ids = torch.cat((ids, next_ids), dim=1)
-        if stopped.all() or (should_stop and should_stop()):
+    try:
+        for _ in range(max_new_tokens):
+            logits = model(fresh, cache=cache, last=True)[:, 0, :V]  # (B, V)
+            next_ids = _sample_next(logits, temperature, top_k, top_p, generator)  # (B, 1)
+            if stop_token is not None:
+                next_ids = next_ids.masked_fill(stopped, stop_token)
+                stopped |= next_ids == stop_token
+            yield next_ids
+            if stopped.all():
+                return
+            ids = torch.cat((ids[:, -block_size:], next_ids), dim=1)
+            if cache and cache[0].n == block_size:
+                cache = None
+            fresh = next_ids if cache else ids[:, -block_size:]
+    finally:
+        model.train(was_training)
+
+
+def generate(model, ids, max_new_tokens, *, should_stop=None, **options):
+    """
+    The ids with up to `max_new_tokens` sampled ones behind them: (B, T) int64 -> (B, T + n); options as for `stream`.
+
+    should_stop() true ends it at the next token.
+    """
+    parts = [ids]
+    for next_ids in stream(model, ids, max_new_tokens, **options):
+        parts.append(next_ids)
+        if should_stop and should_stop():
             break
-        if ids.shape[1] > block_size:
-            cache = None
-        fresh = next_ids if cache else ids[:, -block_size:]
-    model.train(was_training)
-    return ids
+    return torch.cat(parts, dim=1)
 
 
 def continuations(model, tokenizer, device, prompt: str, num_samples: int, max_new_tokens: int, **options) -> list[str]:
     """What the model writes behind `prompt` ("": begins a document), one text per sample; options as for `generate`."""
     start = [tokenizer.eot, *tokenizer.encode(prompt).tolist()]
-    ids = generate(model, torch.tensor([start] * num_samples, device=device), max_new_tokens, stop_token=tokenizer.eot, **options)
+    options |= {"stop_token": tokenizer.eot, "n_ids": tokenizer.vocab_size}
+    ids = generate(model, torch.tensor([start] * num_samples, device=device), max_new_tokens, **options)
     rows = [row[len(start) :] for row in ids]  # (n,) each
     return [token_ids_to_text(row[: row.tolist().index(tokenizer.eot) if tokenizer.eot in row else None], tokenizer) for row in rows]
+
+
+def streamed(model, tokenizer, device, prompt: str, max_new_tokens: int, **options):
+    """One continuation piece by piece, as it comes; a character of several tokens comes when it is whole."""
+    start = torch.tensor([[tokenizer.eot, *tokenizer.encode(prompt).tolist()]], device=device)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for next_ids in stream(model, start, max_new_tokens, stop_token=tokenizer.eot, n_ids=tokenizer.vocab_size, **options):
+        if next_ids.item() != tokenizer.eot:
+            yield decoder.decode(tokenizer.decode_bytes([next_ids.item()]))
+    yield decoder.decode(b"", final=True)
 
 
 def generate_and_print_sample(model, tokenizer, device, start_context="", *, max_new_tokens=80, temperature=0.8, top_k=50, seed=0) -> str:
@@ -399,40 +438,9 @@ def plot_losses(steps, tokens_seen, train_losses, val_losses, path, *, xlabel="o
     Four lists of one length; None in a loss list leaves that point out (validation is measured rarely).
     uniform_loss: ln(V), drawn as a dotted line, is what guessing evenly costs. Needs no display. Returns the path.
     """
-    from matplotlib.figure import Figure  # here, because matplotlib costs every start a second
-    from matplotlib.ticker import EngFormatter
-
-    def points(losses):
-        return zip(*[(s, loss) for s, loss in zip(steps, losses, strict=True) if loss is not None], strict=True)
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    if any(loss is not None for loss in train_losses):
-        x, y = points(train_losses)
-        axes.plot(x, y, color="tab:blue", alpha=0.3, linewidth=1, label="training, each batch")
-        weight, total, smooth = 0.0, 0.0, []  # exponential mean over about 10 points, unbiased at the start
-        for loss in y:
-            weight, total = 0.9 * weight + 1, 0.9 * total + loss
-            smooth.append(total / weight)
-        axes.plot(x, smooth, color="tab:blue", linewidth=2, label="training, smoothed")
-    if any(loss is not None for loss in val_losses):
-        x, y = points(val_losses)
-        axes.plot(x, y, color="tab:orange", marker="o", markersize=4, label=f"validation, last {y[-1]:.3f}")
-    if uniform_loss is not None:
-        axes.axhline(uniform_loss, color="gray", linestyle=":", linewidth=1, label=f"guessing evenly, {uniform_loss:.2f}")
-    axes.set(xlabel=xlabel, ylabel="loss (nats per token)")
-    axes.grid(alpha=0.3)
-    if axes.has_data():
-        axes.legend()
-    if len(steps) > 1 and steps[-1] > steps[0]:
-        per_step = (tokens_seen[-1] - tokens_seen[0]) / (steps[-1] - steps[0])
-        if per_step > 0:
-            top = axes.secondary_xaxis("top", functions=(lambda s: s * per_step, lambda t: t / per_step))
-            top.set_xlabel("tokens seen")
-            top.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1.5M, not 1.5 under a distant 1e6
-    path, buffer = Path(path), io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", dpi=150)
-    write_file(path, buffer.getvalue())
+    path = Path(path)
+    kind = path.suffix.lstrip(".") or "png"
+    write_file(path, draw_losses(steps, tokens_seen, train_losses, val_losses, xlabel, uniform_loss, kind))
     return path
 
 
@@ -449,18 +457,6 @@ def plot_run(run_dir, vocab_size: int | None = None) -> None:
 
 
 # ---------------------------------------------------------------------------------- sampling from a checkpoint
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of a name; "auto" takes cuda, else mps, else cpu. Raises ValueError for one that is not here."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.ones(1, device=device).item()  # also refuses "meta", which holds no numbers
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ValueError(f"--device: {name!r} cannot be used here ({str(e).splitlines()[0][:120]}); try cpu") from e
-    return device
 
 
 def load_model(path, device) -> tuple[GPT, Tokenizer, dict]:
@@ -483,34 +479,115 @@ def load_model(path, device) -> tuple[GPT, Tokenizer, dict]:
 
 @dataclass
 class SampleConfig:
-    """Sample text from a trained checkpoint."""
+    """Sample text from a trained checkpoint, or score it with --eval."""
 
     checkpoint: str = "runs/simple"  # run folder or checkpoint folder
     prompt: str = ""  # text to continue; empty begins a new document
-    num_samples: int = 1  # samples, drawn together as one batch
+    prompt_file: str | None = None  # file with the text to continue, UTF-8
+    interactive: bool = False  # ask for one prompt after another, until Ctrl-D
+    stream: bool = False  # show the text as it comes, one sample after another
+    num_samples: int = 1  # samples, drawn together as one batch unless streamed
     max_new_tokens: int = 200  # tokens per sample, at most
     temperature: float = 0.8  # 0 is greedy, 1 the model's own distribution
     top_k: int | None = 50  # keep the k likeliest tokens; None keeps all
     top_p: float | None = None  # keep the likeliest tokens up to this probability, in (0, 1]; None keeps all
     seed: int = 0  # same seed, same samples on one device
+    eval: str | None = None  # score this instead: a folder of token shards, a text file or folder, hellaswag, or hellaswag:FILE
+    stride: int | None = None  # tokens between two windows of --eval; None: the whole context, so that each is read once
+    batch_size: int = 8  # windows scored at once; changes no figure
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the weights while sampling or scoring
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     debug: bool = False  # show the traceback of an error
 
 
+def show_samples(model, tokenizer, device, prompt: str, config: SampleConfig) -> None:
+    """Print `num_samples` continuations of a prompt, behind it."""
+    n_tokens, T = 1 + len(tokenizer.encode(prompt)), model.config.block_size  # end-of-text stands before every document
+    if n_tokens > T:
+        print(f"the prompt has {n_tokens:,} tokens, the context {T}: the model reads the last {T}")
+    options = {k: getattr(config, k) for k in ("temperature", "top_k", "top_p")}
+    if config.stream or config.interactive:
+        for i in range(config.num_samples):
+            print("-" * 80 + "\n" + prompt, end="", flush=True)
+            for piece in streamed(model, tokenizer, device, prompt, config.max_new_tokens, seed=config.seed + i, **options):
+                print(piece, end="", flush=True)
+            print()
+        return
+    for text in continuations(model, tokenizer, device, prompt, config.num_samples, config.max_new_tokens, seed=config.seed, **options):
+        print("-" * 80 + "\n" + prompt + text)
+
+
+def ids_to_score(data: str, tokenizer: Tokenizer) -> list:
+    """Streams of token ids (T,) of a folder of token shards (its validation part), a text file, or a folder of .txt files."""
+    path = Path(data)
+    if not path.exists():
+        raise FileNotFoundError(f"--eval: {path} does not exist; give token shards, a text file or folder, hellaswag, or hellaswag:FILE")
+    if path.is_dir() and any(path.glob("*.bin")):
+        index = read_index(path)
+        if index["tokenizer"] and index["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
+            raise ValueError(f"--eval: {path} was made with another tokenizer ({index['tokenizer']['name']}) than the checkpoint's")
+        shards = Shards(path, "val", index)
+        for i, tokens in enumerate(shards.tokens):
+            shards.check(i, 0, len(tokens))
+        return shards.tokens
+    files = [path] if path.is_file() else sorted(path.rglob("*.txt"))
+    try:
+        documents = [file.read_text(encoding="utf-8-sig") for file in files]
+    except UnicodeDecodeError as e:
+        raise ValueError(f"--eval: {path}: not UTF-8 text ({e.reason}); give token shards or text") from e
+    if not any(documents):
+        raise ValueError(f"--eval: {path} holds no text; give token shards, a text file, or a folder of .txt files")
+    return [np.concatenate(([tokenizer.eot], tokenizer.encode_documents(documents)))]
+
+
+def score(model, tokenizer, device, config: SampleConfig) -> None:
+    """Print the figures that --eval asks for."""
+    T, what = model.config.block_size, config.eval.partition(":")
+    options = {"block_size": T, "batch_size": config.batch_size, "device": device}
+    if what[0] == "hellaswag":
+        path = Path(what[2] or "hellaswag_val.jsonl")
+        if not path.exists():
+            scoring.fetch_hellaswag(path)
+        r = scoring.score_hellaswag(model, scoring.read_hellaswag(path), tokenizer.encode, tokenizer.eot, **options)
+        print(f"{path}: accuracy {r['accuracy']:.4f}, length-normalised {r['accuracy_norm']:.4f} ({r['items']:,} items)")
+        return
+    parts = [
+        scoring.score_tokens(model, ids, stride=config.stride or T, token_bytes=tokenizer.token_bytes(), **options)
+        for ids in ids_to_score(config.eval, tokenizer)
+    ]
+    n_tokens = sum(part["tokens"] for part in parts)
+    nats = sum(part["loss"] * part["tokens"] for part in parts)
+    n_bytes = sum(part["bytes"] for part in parts)
+    bits = f", {nats / math.log(2) / n_bytes:.4f} bits per byte" if n_bytes else ""
+    loss = nats / n_tokens
+    print(f"{config.eval}: loss {loss:.6f} nats per token, perplexity {math.exp(min(loss, 700)):.3f}{bits} ({n_tokens:,} tokens scored)")
+
+
 def main(config: SampleConfig) -> None:
-    """Print `num_samples` continuations of the prompt."""
-    if config.num_samples < 1 or config.max_new_tokens < 1:
-        raise ValueError(f"--num_samples {config.num_samples}, --max_new_tokens {config.max_new_tokens}: both must be at least 1")
+    """Print continuations of the prompt, or the figures of --eval."""
+    for name in ("num_samples", "max_new_tokens", "batch_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name}: {getattr(config, name)} is out of range; give 1 or more")
+    if config.prompt and config.prompt_file:
+        raise ValueError("--prompt, --prompt_file: give one of them")
     device = pick_device(config.device)
+    dtype, _ = choose_dtype(config.dtype, device)
     model, tokenizer, state = load_model(config.checkpoint, device)
-    c = model.config
+    model, c = model.to(dtype), model.config
     print(f"step {state['step']}: {count_parameters(c):,} parameters, tokenizer {tokenizer.name}, context {c.block_size}, {device}")
-    n_tokens = 1 + len(tokenizer.encode(config.prompt))  # end-of-text stands before every document
-    if n_tokens > c.block_size:
-        print(f"the prompt has {n_tokens:,} tokens, the context {c.block_size}: the model reads the last {c.block_size}")
-    options = {k: getattr(config, k) for k in ("temperature", "top_k", "top_p", "seed")}
-    for text in continuations(model, tokenizer, device, config.prompt, config.num_samples, config.max_new_tokens, **options):
-        print("-" * 80 + "\n" + config.prompt + text)
+    if config.eval:
+        return score(model, tokenizer, device, config)
+    prompt = config.prompt
+    if config.prompt_file:
+        try:
+            prompt = Path(config.prompt_file).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as e:
+            raise ValueError(f"--prompt_file: {config.prompt_file}: not UTF-8 text ({e.reason}); convert it") from e
+    if not config.interactive:
+        return show_samples(model, tokenizer, device, prompt, config)
+    with contextlib.suppress(EOFError):  # Ctrl-D
+        while True:
+            show_samples(model, tokenizer, device, input("> "), config)
 
 
 if __name__ == "__main__":

@@ -540,10 +540,9 @@ def read_checkpoint(folder: Path, config: TrainConfig, job: Job) -> tuple[dict, 
         )
     if checkpoint.step_of(folder) != state["step"] and folder.name.startswith("step_"):
         raise ValueError(f"{folder}: holds step {state['step']}, its name says otherwise; it is damaged, use another checkpoint")
-    then, now = state["model_config"], job.facts["model_config"]
-    if fixed := [
-        f"{k} {then.get(k)} then, {now.get(k)} now" for k in sorted({*then, *now}) if then.get(k) != now.get(k) and k != "dropout"
-    ]:
+    now = job.facts["model_config"]
+    then = {name: default for name, default in asdict(GPTConfig()).items() if name in now} | state["model_config"]  # older ones say less
+    if fixed := [f"{k} {then.get(k)} then, {now.get(k)} now" for k in sorted({*then, *now} - {"dropout"}) if then.get(k) != now.get(k)]:
         raise ValueError(f"{folder}: is of another model ({'; '.join(fixed)}); give the same model flags, or another --run_name")
     if state["tokenizer"] != job.facts["tokenizer"]:
         raise ValueError(

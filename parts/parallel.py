@@ -262,12 +262,26 @@ def _recompute_in_backward(block) -> None:
 # ---------------------------------------------------------------------------------------------- what the machine can do
 
 
+def pick_device(name: str) -> torch.device:
+    """The device of a name; "auto" takes cuda, else mps, else cpu. Raises ValueError for one that is not here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()  # also refuses "meta", which holds no numbers
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ValueError(f"--device: {name!r} cannot be used here ({str(e).splitlines()[0][:120]}); try cpu") from e
+    return device
+
+
 def choose_dtype(name: str, device) -> tuple[torch.dtype, str]:
     """(dtype of the products, why) of --dtype auto, bf16, fp16 or fp32. Raises ValueError for what the device cannot do."""
     if name == "fp32":
         return torch.float32, "as asked"
     if name == "fp16" and device.type != "cuda":
         raise ValueError(f"--dtype fp16: needs CUDA, this run is on {device.type}; use bf16 or fp32")
+    if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError("--dtype bf16: this GPU does not have it; use fp16 or fp32")
     if name in ("bf16", "fp16"):
         return {"bf16": torch.bfloat16, "fp16": torch.float16}[name], "as asked"
     if device.type == "cuda":

@@ -1,5 +1,6 @@
 """The model equals GPT-2, and everything built on its logits agrees with a plain way to compute it."""
 
+import dataclasses
 import math
 
 import pytest
@@ -13,12 +14,14 @@ from gpt_train import (
     LayerCache,
     calc_loss_batch,
     calc_loss_loader,
+    continuations,
     count_parameters,
     evaluate_model,
     flops_per_token,
     generate,
     pick_device,
     plot_losses,
+    streamed,
     text_to_token_ids,
     token_ids_to_text,
 )
@@ -148,7 +151,7 @@ def test_cached_generation_equals_uncached_also_past_the_context(prompt, options
 
 def test_several_new_tokens_read_the_cache_as_one_pass_would():
     model, ids = tiny_model(), torch.randint(97, (2, 12))
-    cache = [LayerCache() for _ in model.h]
+    cache = [LayerCache(12) for _ in model.h]
     parts = [model(ids[:, a:b], cache=cache) for a, b in ((0, 5), (5, 9), (9, 10), (10, 12))]
     assert torch.allclose(torch.cat(parts, dim=1), model(ids), atol=1e-5)
 
@@ -166,11 +169,11 @@ def test_generation_neither_reads_nor_changes_the_global_random_state():
 
 def test_sampling_follows_the_distribution_of_the_options():
     class Fixed(torch.nn.Module):
-        config = TINY
+        config = dataclasses.replace(TINY, vocab_size=4)
         h = ()
 
-        def forward(self, ids, cache=None):
-            return torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(len(ids), ids.shape[1], 4)
+        def forward(self, ids, cache=None, last=False):
+            return torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(len(ids), 1, 4)
 
     def shares(**options):
         ids = generate(Fixed(), torch.zeros(20_000, 1, dtype=torch.long), 1, seed=0, use_cache=False, **options)
@@ -192,7 +195,39 @@ def test_a_row_that_stopped_stays_stopped_while_others_go_on():
     assert generate(model, torch.tensor([[1]]), 200, temperature=0, stop_token=int(model(torch.tensor([[1]])).argmax())).shape == (1, 2)
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_ids_that_the_tokenizer_lacks_are_never_sampled():
+    ids = generate(tiny_model(), torch.tensor([[1], [2]]), 200, temperature=3.0, seed=1, n_ids=5)
+    assert ids.max() == 4
+
+
+def test_a_stream_gives_the_text_of_the_whole_and_never_half_a_character():
+    tokenizer, model = byte_tokenizer(), GPT(dataclasses.replace(TINY, vocab_size=257, block_size=40))
+    with torch.no_grad():
+        model.wte.weight[:] = torch.randn(257, TINY.n_embd, generator=torch.Generator().manual_seed(3))
+        model.wte.weight[256] = 0  # end-of-text is never the likeliest
+    whole = continuations(model, tokenizer, "cpu", "za\u017c", 1, 60, seed=4, temperature=2.0)[0]
+    pieces = list(streamed(model, tokenizer, "cpu", "za\u017c", 60, seed=4, temperature=2.0))
+    assert "".join(pieces) == whole and len(pieces) > 20
+    decoder = iter(["\u20ac".encode()[i : i + 1] for i in range(3)])
+    tokenizer.decode_bytes = lambda ids: next(decoder)
+    assert [piece for piece in streamed(model, tokenizer, "cpu", "", 3, temperature=0) if piece] == ["\u20ac"]
+
+
+def test_a_head_of_its_own_is_used_trained_and_counted():
+    config = dataclasses.replace(TINY, tied=False)
+    model, ids = GPT(config), torch.randint(TINY.vocab_size, (2, 5))
+    assert sum(p.numel() for p in model.parameters()) == count_parameters(config) == count_parameters(TINY) + TINY.vocab_size * TINY.n_embd
+    assert flops_per_token(config) == flops_per_token(TINY)
+    before = model(ids)
+    model(ids, ids).backward()
+    assert not model.wte.weight.grad.is_sparse and model.lm_head.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    assert torch.allclose(model(ids), 2 * before)
+    assert torch.allclose(model(ids, last=True), model(ids)[:, -1:], atol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_k": 0}, {"top_k": 98}, {"top_p": 0.0}, {"top_p": 1.5}])
 def test_options_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         generate(tiny_model(), torch.tensor([[1]]), 1, **wrong)
