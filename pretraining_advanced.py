@@ -136,7 +136,7 @@ MAY_BE_ZERO = ("min_lr", "warmup_steps", "weight_decay", "max_grad_norm", "dropo
 class Job:
     """What to train: everything that `train` does not know by itself. A recipe hands over one of these."""
 
-    model: torch.nn.Module  # plain, on the CPU; made within parallel.building()
+    model: torch.nn.Module  # plain, on the CPU; made in the context of parallel.building()
     train_batches: TrainBatches  # endless micro-batches; share(), leave_out(), state_dict(), load_state_dict()
     val_batches: Callable  # () -> a fresh pass over the same batches, on every rank alike
     loss_fn: Callable  # (model, batch) -> fp32 sum of the loss over the targets that are not -100
@@ -166,9 +166,9 @@ def check(config: TrainConfig) -> None:
         raise ValueError(f"--allow_change: {', '.join(wrong)}: no such setting; write --allow_change max_lr,max_steps")
 
 
-def gpt_job(config: TrainConfig) -> Job:
+def gpt_job(config: TrainConfig, building) -> Job:
     """
-    A GPT and the token shards that the configuration names, built if they are not there yet.
+    A GPT, made in the context `building`, and the token shards that the configuration names, built if they are not there yet.
 
     Raises ValueError or FileNotFoundError for data or sizes that cannot be used.
     """
@@ -186,13 +186,15 @@ def gpt_job(config: TrainConfig) -> Job:
     T, V = config.context_length, tokenizer.vocab_size
     model_config = GPTConfig.of_size(config.model_size, vocab_size=V, block_size=T, dropout=config.dropout, **shape)
     torch.manual_seed(config.seed)
+    with building:  # nothing else: what reads the text makes tensors, too
+        model = GPT(model_config)
 
     def sample(model, device, should_stop) -> str:
         options = {"temperature": 0.8, "top_k": 50, "seed": 0, "should_stop": should_stop}
         return continuations(model, tokenizer, device, "", 1, 80, **options)[0]
 
     return Job(
-        model=GPT(model_config),
+        model=model,
         train_batches=TrainBatches(train, T, config.seed, V),
         val_batches=lambda: val_batches(val, T, config.batch_size, V, config.eval_tokens),
         loss_fn=lambda model, batch: model(batch["inputs"], batch["targets"]),
@@ -685,8 +687,8 @@ def main(config: TrainConfig) -> int:
     config.dtype = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
     with Parallel(config.parallel, device, dtype) as parallel:
         say(f"{device}, {parallel.world} process{'es' if parallel.world > 1 else ''}, {config.dtype}: {why}", parallel)
-        with parallel.agree(), parallel.building():
-            job = gpt_job(config)
+        with parallel.agree():
+            job = gpt_job(config, parallel.building())
         with parallel.agree():
             parallel.same(job.facts, f"let all ranks see the same --dataset_name {config.dataset_name} and --cache_dir {config.cache_dir}")
         return train(job, config, parallel)

@@ -46,8 +46,8 @@ def train(home, monkeypatch, name, change_loss=None, leave_out=(), **settings) -
     config = TrainConfig(**{**SETTINGS, "run_name": name, **settings})
     make_job = pretraining_advanced.gpt_job
 
-    def gpt_job(config):
-        job = make_job(config)
+    def gpt_job(config, building):
+        job = make_job(config, building)
         for stretch in leave_out:
             job.train_batches.leave_out(*stretch)
         number = {job.train_batches.rows(k, 1)[0, :-1].tobytes(): k for k in range(400)}
@@ -152,8 +152,8 @@ import pretraining_advanced as advanced
 from parts.config import parse
 from parts.launch import run_script
 
-def gpt_job(config, make_job=advanced.gpt_job):
-    job = make_job(config)
+def gpt_job(config, building, make_job=advanced.gpt_job):
+    job = make_job(config, building)
     bad = {{job.train_batches.rows(k, 1)[0, :-1].tobytes() for k in range(48, 60)}}
 
     def loss_fn(model, batch):

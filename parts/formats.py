@@ -1,0 +1,182 @@
+"""
+Weights as other projects keep them: what lies in a file, and what it is called here.
+
+    Hugging Face       a folder with model.safetensors (or parts and an index), or pytorch_model.bin; linear weights (in, out)
+    OpenAI             GPT-2's TensorFlow variables (read by parts/tf_bundle.py), weights (1, in, out)
+    nanoGPT            ckpt.pt: the same names as here
+    LLMs-from-scratch  a .pth file: query, key and value apart, an output head of its own
+
+Nothing is read but names and shapes until a tensor is asked for, and no file can run code: pickles only as `weights_only`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+
+@dataclass
+class Stored:
+    """A tensor in a file: its shape, and a function that reads it into memory of its own."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+    def turned(self) -> Stored:
+        """The same, transposed; a leading dimension of one (OpenAI's) is dropped."""
+        return Stored(tuple(self.shape[-2:][::-1]), lambda: self.read().reshape(self.shape[-2:]).t().contiguous())
+
+
+# ------------------------------------------------------------------------------------------------------- the files
+
+
+def read_safetensors(path) -> dict[str, Stored]:
+    """What a safetensors file holds. Raises ValueError where it is none."""
+    try:
+        with safe_open(path, "pt") as f:
+            return {name: Stored(tuple(f.get_slice(name).get_shape()), partial(_one, path, name)) for name in f.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path}: not a whole safetensors file ({' '.join(str(e).split())[:150]}); download or write it again") from e
+
+
+def _one(path, name: str) -> torch.Tensor:
+    # opened anew for each tensor: pages of the file that were read would otherwise count as this process's memory
+    with safe_open(path, "pt") as f:
+        return f.get_tensor(name).clone()
+
+
+def read_torch(path) -> tuple[dict[str, Stored], dict]:
+    """(what a file of torch.save holds, the settings beside it: nanoGPT's model_args). Raises ValueError."""
+    options = {"map_location": "cpu", "weights_only": True}
+    try:
+        try:
+            found = torch.load(path, mmap=True, **options)
+        except RuntimeError:  # the format before torch 1.6 cannot be mapped
+            found = torch.load(path, **options)
+    except Exception as e:  # noqa: BLE001  a damaged or hostile pickle raises whatever it likes
+        why = " ".join(str(e).split())[:150]
+        raise ValueError(f"{path}: cannot be read as tensors and nothing else ({why}); export it as safetensors") from e
+    settings = found.get("model_args") if isinstance(found, dict) else None
+    for key in ("model_state_dict", "state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict) or not all(isinstance(k, str) and torch.is_tensor(t) for k, t in found.items()) or not found:
+        raise ValueError(f"{path}: holds no named tensors; give the file of a model's state_dict")
+    return {k: Stored(tuple(t.shape), t.clone) for k, t in found.items()}, settings if isinstance(settings, dict) else {}
+
+
+def read_folder(folder) -> dict[str, Stored]:
+    """What a Hugging Face folder holds: one file, or parts and an index. Raises ValueError where it has no weights."""
+    folder = Path(folder)
+    for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", lambda path: read_torch(path)[0])):
+        if (folder / name).exists():
+            return read(folder / name)
+        index = folder / f"{name}.index.json"
+        if not index.exists():
+            continue
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(f, str) and Path(f).name == f for f in places.values()):
+            raise ValueError(f"{index}: has no weight_map of tensors to files beside it; download the folder again")
+        if missing := sorted({f for f in places.values() if not (folder / f).is_file()}):
+            raise ValueError(f"{folder}: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; download the folder again")
+        parts = {f: read(folder / f) for f in sorted(set(places.values()))}
+        if lost := sorted(tensor for tensor, f in places.items() if tensor not in parts[f]):
+            raise ValueError(f"{index}: {lost[0]} is not in {places[lost[0]]}; download the folder again")
+        return {tensor: parts[f][tensor] for tensor, f in places.items()}
+    raise ValueError(f"{folder}: neither model.safetensors nor pytorch_model.bin, nor an index of parts; give a folder of weights")
+
+
+def read_json(path) -> dict:
+    """A JSON object of a file. Raises ValueError naming it."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: not readable as JSON ({' '.join(str(e).split())[:150]})") from e
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds no JSON object")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- the names
+
+SCRATCH = {  # LLMs-from-scratch -> here; query, key and value are joined below
+    r"tok_emb\.weight": "wte.weight",
+    r"pos_emb\.weight": "wpe.weight",
+    r"out_head\.weight": "lm_head.weight",
+    r"final_norm\.(scale|shift)": r"ln_f.\1",
+    r"trf_blocks\.(\d+)\.norm(1|2)\.(scale|shift)": r"h.\1.ln_\2.\3",
+    r"trf_blocks\.(\d+)\.att\.out_proj\.(weight|bias)": r"h.\1.attn.c_proj.\2",
+    r"trf_blocks\.(\d+)\.att\.W_(query|key|value)\.(weight|bias)": r"h.\1.attn.\2.\3",
+    r"trf_blocks\.(\d+)\.ff\.layers\.0\.(weight|bias)": r"h.\1.mlp.c_fc.\2",
+    r"trf_blocks\.(\d+)\.ff\.layers\.2\.(weight|bias)": r"h.\1.mlp.c_proj.\2",
+}
+MASKS = re.compile(r"(h\.\d+\.attn\.(bias|masked_bias)|trf_blocks\.\d+\.att\.mask)")  # buffers: what may see what
+TURNED = re.compile(r"h\.\d+\.(attn|mlp)\.c_(attn|proj|fc)\.weight")
+
+
+def our_names(tensors: dict[str, Stored]) -> dict[str, Stored]:
+    """The same tensors under this project's names, linear weights as (out, in); unknown names stay as they are."""
+    named = {re.sub(r"^((module|model|transformer)\.)+", "", name.replace("_orig_mod.", "")): t for name, t in tensors.items()}
+    named = {name: t for name, t in named.items() if not MASKS.fullmatch(name)}
+    if any("/wte" in name for name in tensors):
+        named = {_openai(name): t for name, t in named.items()}
+    elif any(name.startswith("trf_blocks.") for name in named):
+        for old, new in SCRATCH.items():
+            named = {re.sub(f"^{old}$", new, name).replace(".scale", ".weight").replace(".shift", ".bias"): t for name, t in named.items()}
+        named = _joined(named)
+    first = named.get("h.0.mlp.c_fc.weight")
+    if first and len(first.shape) >= 2 and first.shape[-1] == 4 * first.shape[-2]:
+        named = {name: t.turned() if TURNED.fullmatch(name) and len(t.shape) >= 2 else t for name, t in named.items()}
+    return named
+
+
+def _openai(name: str) -> str:
+    """`h.0.attn.c_attn.weight` of `model/h0/attn/c_attn/w`."""
+    name = re.sub(r"^h(\d+)/", r"h.\1/", name.removeprefix("model/"))
+    name = re.sub(r"/[wg]$", "/weight", re.sub(r"/b$", "/bias", name)).replace("/", ".")
+    return f"{name}.weight" if name in ("wte", "wpe") else name
+
+
+def _joined(named: dict[str, Stored]) -> dict[str, Stored]:
+    """Query, key and value as one tensor, one below the other; without their biases (an option of that book) zeros."""
+    joined = {name: t for name, t in named.items() if not re.search(r"\.attn\.(query|key|value)\.", name)}
+    for i in sorted({name.split(".")[1] for name in named if re.search(r"\.attn\.query\.weight$", name)}):
+        for kind in ("weight", "bias"):
+            parts = [named.get(f"h.{i}.attn.{letter}.{kind}") for letter in ("query", "key", "value")]
+            if all(parts):
+                shape = (sum(p.shape[0] for p in parts), *parts[0].shape[1:])
+                joined[f"h.{i}.attn.c_attn.{kind}"] = Stored(shape, lambda parts=parts: torch.cat([p.read() for p in parts]))
+            elif kind == "bias" and not any(parts):
+                n = 3 * named[f"h.{i}.attn.query.weight"].shape[0]
+                joined[f"h.{i}.attn.c_attn.bias"] = Stored((n,), partial(torch.zeros, n))
+    return joined
+
+
+def shape_of(named: dict[str, Stored]) -> dict:
+    """{"vocab_size", "block_size", "n_layer", "n_embd", "tied"} of tensors under our names. Raises ValueError where it is no GPT-2."""
+    V, T = named.get("wte.weight"), named.get("wpe.weight")
+    layers = {int(m[1]) for name in named if (m := re.match(r"h\.(\d{1,4})\.", name))}
+    if V is None or T is None or not layers or len(V.shape) != 2 or len(T.shape) != 2:
+        names = ", ".join(sorted(named)[:3])
+        raise ValueError(f"these are not the weights of a GPT-2 ({len(named)} tensors: {names}, ...); other families are for the recipes")
+    sizes = {"vocab_size": V.shape[0], "block_size": T.shape[0], "n_layer": 1 + max(layers), "n_embd": V.shape[1]}
+    return {**sizes, "tied": "lm_head.weight" not in named}
+
+
+def differences(named: dict[str, Stored], expected: dict[str, tuple]) -> list[str]:
+    """Every tensor that is missing, too many or of another shape, a phrase each."""
+    found = [f"{name} is missing" for name in expected if name not in named]
+    found += [f"{name} is not part of this model" for name in named if name not in expected]
+    found += [
+        f"{name} is {list(named[name].shape)} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in named and tuple(named[name].shape) != tuple(shape)
+    ]
+    return found
