@@ -551,15 +551,11 @@ def score(model, tokenizer, device, config: SampleConfig) -> None:
         r = scoring.score_hellaswag(model, scoring.read_hellaswag(path), tokenizer.encode, tokenizer.eot, **options)
         print(f"{path}: accuracy {r['accuracy']:.4f}, length-normalised {r['accuracy_norm']:.4f} ({r['items']:,} items)")
         return
-    parts = [
-        scoring.score_tokens(model, ids, stride=config.stride or T, token_bytes=tokenizer.token_bytes(), **options)
-        for ids in ids_to_score(config.eval, tokenizer)
-    ]
-    n_tokens = sum(part["tokens"] for part in parts)
-    nats = sum(part["loss"] * part["tokens"] for part in parts)
-    n_bytes = sum(part["bytes"] for part in parts)
-    bits = f", {nats / math.log(2) / n_bytes:.4f} bits per byte" if n_bytes else ""
-    loss = nats / n_tokens
+    streams, token_bytes = ids_to_score(config.eval, tokenizer), tokenizer.token_bytes()
+    parts = [scoring.score_tokens(model, ids, stride=config.stride or T, **options) for ids in streams]
+    n_tokens, nats = sum(part["tokens"] for part in parts), sum(part["loss"] * part["tokens"] for part in parts)
+    n_bytes = sum(int(token_bytes[ids[1:]].sum()) for ids in streams)
+    loss, bits = nats / n_tokens, f", {nats / math.log(2) / n_bytes:.4f} bits per byte" if n_bytes else ""
     print(f"{config.eval}: loss {loss:.6f} nats per token, perplexity {math.exp(min(loss, 700)):.3f}{bits} ({n_tokens:,} tokens scored)")
 
 

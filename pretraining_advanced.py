@@ -27,7 +27,6 @@ import json
 import math
 import os
 import secrets
-import shutil
 import sys
 import time
 import warnings
@@ -51,7 +50,7 @@ from parts.parallel import Parallel, attention_kernel, choose_dtype, out_of_memo
 from parts.resume import DATA, must_agree, resolve_length
 from parts.shards import Shards, content_hash, read_index
 from parts.tokenizers import Tokenizer, gpt2_tokenizer
-from parts.writer import Writer, available_memory
+from parts.writer import Writer, enough_memory
 from prep_dataset import SmollmConfig, prepare_tokens
 
 # ------------------------------------------------------------------------------------------------ configuration
@@ -107,6 +106,7 @@ class TrainConfig:
     spike_zscore: float = 0.0  # a loss so many standard deviations above the last ones is bad too; 0: only what is not finite
     spike_window: int = 128  # losses that this looks back on
     # going on
+    init_from: str | None = None  # run or checkpoint folder whose weights a new run begins with; the model's shape comes from there
     resume: str = "auto"  # auto: go on if the run folder has checkpoints; never: begin anew; or a path
     allow_change: str = ""  # settings that may differ from the resumed run's, such as max_lr,max_steps
     # machine
@@ -182,12 +182,16 @@ def gpt_job(config: TrainConfig, building) -> Job:
         raise ValueError(
             f"{folder}: no document fell into the validation part; raise --val_share {config.val_share:g}, or give more documents"
         )
-    shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd") if getattr(config, name)}
     T, V = config.context_length, tokenizer.vocab_size
-    model_config = GPTConfig.of_size(config.model_size, vocab_size=V, block_size=T, dropout=config.dropout, **shape)
+    shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd") if getattr(config, name)}
+    begun = initial_weights(config, tokenizer, shape) if config.init_from else None
+    sizes = {"vocab_size": V, "block_size": T, "dropout": config.dropout, **shape}
+    model_config = GPTConfig(**begun[0]) if begun else GPTConfig.of_size(config.model_size, **sizes)
     torch.manual_seed(config.seed)
     with building:  # nothing else: what reads the text makes tensors, too
         model = GPT(model_config)
+    if begun and not model.wte.weight.is_meta:
+        model.load_state_dict(begun[1])
 
     def sample(model, device, should_stop) -> str:
         options = {"temperature": 0.8, "top_k": 50, "seed": 0, "should_stop": should_stop}
@@ -205,6 +209,20 @@ def gpt_job(config: TrainConfig, building) -> Job:
         token_bytes=tokenizer.token_bytes(),
         sample=sample,
     )
+
+
+def initial_weights(config: TrainConfig, tokenizer: Tokenizer, shape: dict) -> tuple[dict, dict]:
+    """(the model's configuration, its weights) of --init_from. Raises ValueError where another model or tokenizer was asked for."""
+    folder = checkpoint.newest_checkpoint(config.init_from)
+    weights, state = checkpoint.load_checkpoint(folder)
+    there = state.get("model_config", {}) | {"dropout": config.dropout}
+    if wrong := [f"--{name} {value}" for name, value in shape.items() if value != there.get(name)]:
+        raise ValueError(f"--init_from: {folder} has another shape than {' '.join(wrong)}; leave these flags out")
+    if config.context_length > there.get("block_size", 0):
+        raise ValueError(f"--context_length: {config.context_length} is more than the {there.get('block_size')} of {folder}; give less")
+    if state.get("tokenizer") != tokenizer.fingerprint:
+        raise ValueError(f"--init_from: {folder} was trained with another tokenizer; give its tokenizer.json as --tokenizer")
+    return there, weights
 
 
 def _tokenizer_of_published(config: TrainConfig) -> Tokenizer:
@@ -271,9 +289,10 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
         with parallel.agree():
             found = tensors = None
             if config.cpu_offload:
-                enough_memory(job, parallel)
+                n_here = sum(p.numel() for p in job.model.parameters()) * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // parallel.world
+                enough_memory(16 * n_here, "weights, gradients and two moments of this machine's ranks", "--cpu_offload")
             if master:
-                enough_disk(run_dir, config, job)
+                checkpoint.enough_disk(run_dir, checkpoint_bytes(job, config), config.keep_last, config.resume == "never")
                 stack.enter_context(checkpoint.claimed(run_dir, afresh=config.resume == "never"))
                 found = find_checkpoint(config, run_dir)
                 state, tensors = read_checkpoint(found, config, job) if found else ({}, {})
@@ -614,26 +633,6 @@ def checkpoint_bytes(job: Job, config: TrainConfig) -> int:
     """Bytes of weights and optimizer state."""
     weights = sum(p.nbytes for p in job.model.state_dict().values())
     return weights + predicted_state_bytes(job.model, job.blocks, config.optimizer, config.galore_rank)
-
-
-def enough_memory(job: Job, parallel: Parallel) -> None:
-    """Raises ValueError where the slices of this machine's ranks, with gradients and optimizer state, do not fit its memory."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / parallel.world
-    need, free = 16 * sum(p.numel() for p in job.model.parameters()) * here, available_memory()
-    if need > free:
-        what = f"weights, gradients and two moments need {need / 1e9:.2f} GB of this machine's memory, {free / 1e9:.2f} are free"
-        raise ValueError(f"--cpu_offload: {what}; start on more machines, or take a smaller model")
-
-
-def enough_disk(run_dir: Path, config: TrainConfig, job: Job) -> None:
-    """Raises ValueError where the disk has no room for the checkpoints that will be kept and the one being written."""
-    one = checkpoint_bytes(job, config)
-    there = sum(f.stat().st_size for f in run_dir.glob("checkpoints/step_*/*") if f.is_file()) if config.resume != "never" else 0
-    nearest = next(p for p in (run_dir, *run_dir.resolve().parents) if p.is_dir())
-    need, free = one * (config.keep_last + 2) - there, shutil.disk_usage(nearest).free
-    if need > free:
-        what = f"{config.keep_last + 2} checkpoints of {one / 1e9:.2f} GB need {need / 1e9:.2f} GB, the disk has {free / 1e9:.2f}"
-        raise ValueError(f"--output_dir: {run_dir}: {what}; free some space, lower --keep_last, or choose another folder")
 
 
 # ---------------------------------------------------------------------------------------------------- the run folder

@@ -1,12 +1,17 @@
 """
-Looking into checkpoints: are they whole, and which weights do they hold?
+Weights in and out, and looking into checkpoints.
 
-    python wt_load.py verify runs/advanced                              # the newest checkpoint of a run
-    python wt_load.py verify runs/advanced/checkpoints/step_001000      # this one
-    python wt_load.py info runs/advanced                                # names, shapes and types of its weights
+    python wt_load.py import hf:gpt2 runs/gpt2                # GPT-2 from the hub or its cache, as a run to sample from and go on with
+    python wt_load.py import FOLDER_OR_FILE runs/theirs       # Hugging Face, OpenAI's TensorFlow files, nanoGPT, LLMs-from-scratch
+    python wt_load.py export runs/advanced --to hf exported   # opens in AutoModelForCausalLM; also: gguf FILE, nanogpt FILE
+    python wt_load.py info runs/advanced                      # what it is, how far, how to go on (any of the formats above)
+    python wt_load.py verify runs/advanced                    # hashes, shapes, finite values; a hash of the weights in the last line
+    python wt_load.py list runs/advanced                      # all its checkpoints
+    python wt_load.py diff runs/a runs/b                      # which tensors differ, by how much
+    python wt_load.py average runs/a runs/b --out runs/mean   # the mean of their weights, as a run
 
-Both read every file and compare it with the checkpoint's hashes, and write nothing. The last line of `verify` is a hash of
-the weights alone: two runs with the same last line end with the same bits. Seconds per GB.
+A run folder stands for its newest good checkpoint. Nothing here runs code from a file; only import, export and average write, each
+into a new place that is renamed when it is whole. Seconds per GB, and 1.1 times the weights of memory.
 """
 
 from __future__ import annotations
@@ -16,29 +21,384 @@ if __name__ == "__main__":  # before torch is imported, so that Ctrl-C in those 
 
     quiet_ctrl_c()
 
+import contextlib
 import hashlib
-from dataclasses import dataclass
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
 
-from parts.checkpoint import load_checkpoint, newest_checkpoint
+from gpt_train import GPT, SIZES, GPTConfig, count_parameters, load_model
+from parts import formats
+from parts.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint, step_of, verify_checkpoint
 from parts.config import parse
-from parts.launch import run_script
+from parts.launch import error_line, run_script
+from parts.tf_bundle import Bundle, find_prefix
+from parts.tokenizers import Tokenizer, gpt2_tokenizer
+
+Path_ = tyro.conf.Positional[str]
 
 
 @dataclass
 class VerifyConfig:
-    """Compare a checkpoint with its hashes; the last line printed is the sha256 of its weights."""
+    """Compare a checkpoint with its hashes, look at each value; the last line printed is the sha256 of its weights."""
 
-    path: tyro.conf.Positional[str]  # run folder (its newest checkpoint) or checkpoint folder
+    path: Path_  # run folder (its newest checkpoint), checkpoint folder, or weights of another project
+    n_head: int | None = None  # attention heads, where neither the file nor its size tells
     debug: bool = False  # show the traceback of an error
 
 
 @dataclass
 class InfoConfig(VerifyConfig):
-    """List the weights of a checkpoint, once it has been compared with its hashes."""
+    """Say what a checkpoint is: its model, how far it was trained, on what, how to go on and how to sample."""
+
+    tensors: bool = False  # list every tensor, too
+
+
+@dataclass
+class ListConfig(VerifyConfig):
+    """List the checkpoints of a run, damaged ones too."""
+
+
+@dataclass
+class ImportConfig:
+    """Make a run of weights from elsewhere: sample from it, score it, go on with it (--init_from of pretraining_advanced.py)."""
+
+    source: Path_  # hf:NAME of the hub, a Hugging Face or TensorFlow folder, or a .safetensors, .bin, .pt or .pth file
+    run_dir: Path_  # run folder to make
+    tokenizer: str | None = None  # folder or file with the tokenizer; None: the source's own, else GPT-2's
+    n_head: int | None = None  # attention heads, where neither the source nor its size tells
+    debug: bool = False  # show the traceback of an error
+
+
+@dataclass
+class ExportConfig:
+    """Write a checkpoint for other programs."""
+
+    path: Path_  # run folder (its newest checkpoint) or checkpoint folder
+    to: tuple[Literal["hf", "gguf", "nanogpt"], str]  # hf FOLDER, gguf FILE or nanogpt FILE
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the weights written
+    force: bool = False  # write over what is there
+    debug: bool = False  # show the traceback of an error
+
+
+@dataclass
+class DiffConfig:
+    """Compare the weights of two checkpoints, of whatever formats."""
+
+    a: Path_  # the first
+    b: Path_  # the second
+    n_head: int | None = None  # attention heads, where neither file nor size tells
+    debug: bool = False  # show the traceback of an error
+
+
+@dataclass
+class AverageConfig:
+    """The mean of several checkpoints of one model, as a run (Izmailov et al. 2018: along one run it is often the better model)."""
+
+    paths: tyro.conf.Positional[tuple[str, ...]]  # two or more run or checkpoint folders
+    out: str  # run folder to make
+    debug: bool = False  # show the traceback of an error
+
+
+# ----------------------------------------------------------------------------------------------------------- in
+
+
+@dataclass
+class Weights:
+    """A GPT from anywhere: its shape, its tensors by our names, its tokenizer if one lies there, and what else is known."""
+
+    config: GPTConfig
+    tensors: dict[str, formats.Stored]
+    tokenizer_at: Path | None
+    facts: dict
+
+
+def open_weights(source: str, n_head: int | None = None) -> Weights:
+    """
+    What `source` holds, as a GPT; reads names and shapes, no tensor but an output head that may be the embedding.
+
+    Raises FileNotFoundError or ValueError: no weights, damaged, another family, or the list of every tensor that does not fit.
+    """
+    path = from_hub(source.removeprefix("hf:")) if source.startswith("hf:") else Path(source)
+    if not os.path.lexists(path):
+        raise FileNotFoundError(f"{path}: does not exist; give a run folder, weights of another project, or hf:NAME of the hub")
+    if (path / "MANIFEST.json").exists() or (path / "checkpoints").is_dir():
+        folder = newest_checkpoint(path)
+        tensors, state = load_checkpoint(folder)
+        try:
+            config = GPTConfig(**state["model_config"])
+        except (KeyError, TypeError) as e:
+            raise ValueError(f"{folder}: holds no GPT of this project ({error_line(e)})") from e
+        named = {name: formats.Stored(tuple(t.shape), t.detach) for name, t in tensors.items()}
+        return _fitting(Weights(config, named, folder, {"checkpoint": str(folder), **state}), folder)
+    settings, folder = {}, path if path.is_dir() else path.parent
+    if path.is_dir() and (prefix := find_prefix(path)):
+        bundle = Bundle(prefix)
+        tensors = {name: formats.Stored(shape, lambda name=name: bundle.tensor(name)) for name, shape in bundle.shapes.items()}
+        settings, kind = formats.read_json(path / "hparams.json") if (path / "hparams.json").exists() else {}, "TensorFlow checkpoint"
+    elif path.is_dir():
+        tensors, kind = formats.read_folder(path), "Hugging Face folder"
+        settings = formats.read_json(path / "config.json") if (path / "config.json").exists() else {}
+    elif path.suffix == ".safetensors":
+        tensors, kind = formats.read_safetensors(path), "safetensors file"
+    else:
+        (tensors, settings), kind = formats.read_torch(path), "torch file"
+    _same_arithmetic(settings, path)
+    named = formats.our_names(tensors)
+    shape = formats.shape_of(named)
+    H = settings.get("n_head") or n_head or {(L, C): H for L, H, C in SIZES.values()}.get((shape["n_layer"], shape["n_embd"]))
+    if not isinstance(H, int) or H < 1:
+        what = f"{shape['n_layer']} blocks of width {shape['n_embd']} may have any number of attention heads"
+        raise ValueError(f"{path}: {what}; say how many by --n_head")
+    head = named.get("lm_head.weight")
+    if head and head.shape == named["wte.weight"].shape and torch.equal(head.read(), named["wte.weight"].read()):
+        shape["tied"] = True
+    if shape["tied"]:
+        named.pop("lm_head.weight", None)
+    if settings.get("bias") is False:  # nanoGPT's option: a bias of zeros is the same model
+        for name in [n for n in named if n.endswith(".weight") and n.startswith(("h.", "ln_f"))]:
+            n = named[name].shape[0]
+            named.setdefault(name.replace(".weight", ".bias"), formats.Stored((n,), lambda n=n: torch.zeros(n)))
+    tokenizer_at = next((folder / n for n in ("tokenizer.json", "vocab.bpe", "merges.txt") if (folder / n).exists()), None)
+    return _fitting(Weights(GPTConfig(**shape, n_head=H), named, tokenizer_at, {"kind": kind, "source": source}), path)
+
+
+def _same_arithmetic(settings: dict, path) -> None:
+    """Refuse a configuration that computes something else from the same tensors."""
+    if settings.get("model_type", "gpt2") != "gpt2":
+        raise ValueError(f"{path}: a model of type {settings['model_type']!r}; this GPT is GPT-2's, other families are for the recipes")
+    for name, same in {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "layer_norm_epsilon": (1e-5,),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    }.items():
+        if settings.get(name, same[0]) not in same:
+            raise ValueError(f"{path}: {name} is {settings[name]!r}, this GPT has {same[0]!r}; its output would differ")
+
+
+def _fitting(weights: Weights, where) -> Weights:
+    with torch.device("meta"):
+        expected = {name: tuple(t.shape) for name, t in GPT(weights.config).state_dict().items()}
+    if wrong := formats.differences(weights.tensors, expected):
+        raise ValueError(f"{where}: does not fit a GPT-2 of its size: {'; '.join(wrong)}")
+    return weights
+
+
+def load_gpt(source: str, n_head: int | None = None) -> GPT:
+    """The model of weights from anywhere, in fp32 and eval mode, on the CPU. Never more memory than its weights and one tensor."""
+    weights = open_weights(source, n_head)
+    with torch.device("meta"):
+        model = GPT(weights.config)
+    model.load_state_dict({name: weights.tensors[name].read().float() for name in model.state_dict()}, assign=True)
+    return model.eval()
+
+
+def from_hub(name: str) -> Path:
+    """The folder of a model in the standard hub cache; downloaded, resumed and checked by the hub's own library if it is not there."""
+    import huggingface_hub  # here: only this needs it
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "merges.txt", "vocab.bpe"]
+    try:
+        with contextlib.suppress(LocalEntryNotFoundError):
+            return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, local_files_only=True))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, etag_timeout=10))
+    except Exception as e:  # noqa: BLE001  the hub's client raises errors of whatever http library it uses
+        why = " ".join(str(e).split())[:150]
+        raise ValueError(f"hf:{name}: not in the hub's cache here, and the hub gives nothing ({why}); give a folder instead") from e
+
+
+def tokenizer_of(weights: Weights, spec: str | None) -> Tokenizer:
+    """The tokenizer named, else the source's own, else GPT-2's. Raises ValueError where it has more tokens than the model."""
+    V = weights.config.vocab_size
+    if spec or weights.tokenizer_at:
+        tokenizer = Tokenizer.load(spec or weights.tokenizer_at)
+    elif V in (50257, 50304):  # GPT-2's, and nanoGPT's, which is filled up to a multiple of 64
+        try:
+            tokenizer = gpt2_tokenizer()
+        except OSError as e:
+            what = f"the source has no tokenizer, and GPT-2's is neither in tiktoken's cache nor reachable ({error_line(e)})"
+            raise ValueError(f"--tokenizer: {what}; give a folder or file with one") from e
+    else:
+        raise ValueError(f"--tokenizer: the source has none for its vocabulary of {V:,}; give a tokenizer.json or merges.txt")
+    if tokenizer.vocab_size > V or (tokenizer.vocab_size < V - 64 and not spec):
+        what = f"the tokenizer has {tokenizer.vocab_size:,} ids, the model a vocabulary of {V:,}"
+        raise ValueError(f"--tokenizer: {what}; give the tokenizer that it was trained with")
+    return tokenizer
+
+
+def import_weights(config: ImportConfig) -> None:
+    """Write a run folder with one checkpoint, of step 0."""
+    refuse_existing(Path(config.run_dir), "run_dir")
+    weights = open_weights(config.source, config.n_head)
+    tokenizer = tokenizer_of(weights, config.tokenizer)
+    tensors = {name: t.read().float() for name, t in weights.tensors.items()}
+    state = {"script": "wt_load.py", "step": 0, "tokens": 0, "model_config": asdict(weights.config), "tokenizer": tokenizer.fingerprint}
+    state |= {"imported_from": config.source, "kind": weights.facts.get("kind", "checkpoint of this project")}
+    folder = save_checkpoint(config.run_dir, 0, {"model.safetensors": tensors}, state, {"tokenizer.json": tokenizer.to_json()}, 1)
+    print(f"{folder}: {count_parameters(weights.config):,} parameters from {config.source}, tokenizer {tokenizer.name}")
+    print(f"python gpt_train.py --checkpoint {config.run_dir} --prompt 'Once'")
+
+
+def refuse_existing(path: Path, flag: str) -> None:
+    """Raises ValueError where a file or a folder with something in it is in the way."""
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise ValueError(f"--{flag}: {path} is there already; name another place, or move it away")
+
+
+# ---------------------------------------------------------------------------------------------------------- out
+
+
+def export(config: ExportConfig) -> None:
+    """Write a checkpoint in another format, beside its name first, renamed when it is whole."""
+    kind, target = config.to[0], Path(config.to[1])
+    if not config.force and os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(f"--to: {target} is there already; name another place, or add --force to write over it")
+    if config.force and target.is_dir() != (kind == "hf") and target.exists():
+        raise ValueError(
+            f"--to: {target} is a {'folder' if target.is_dir() else 'file'}, {kind} writes a {'folder' if kind == 'hf' else 'file'}"
+        )
+    folder = newest_checkpoint(config.path)
+    model, tokenizer, state = load_model(folder, torch.device("cpu"))
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.dtype]
+    tensors = model.state_dict()
+    if dtype == torch.float16 and (large := [name for name, t in tensors.items() if t.abs().max() > 65504]):
+        raise ValueError(f"--dtype fp16: {large[0]} has values beyond 65504, the largest of fp16; use bf16 or fp32")
+    part = target.with_name(f".{target.name}.part")
+    _delete(part)
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        {"hf": _to_hf, "gguf": _to_gguf, "nanogpt": _to_nanogpt}[kind](part, model.config, tensors, dtype, tokenizer, state)
+        if target.is_dir():
+            _delete(target)
+        os.replace(part, target)
+    finally:
+        _delete(part)
+    n_bytes = sum(f.stat().st_size for f in ([target] if target.is_file() else target.iterdir()))
+    print(f"{target}: step {state['step']} of {folder}, {config.dtype}, {n_bytes:,} bytes")
+
+
+def _delete(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) at Hugging Face, (out, in) here
+
+
+def _to_hf(folder: Path, config: GPTConfig, tensors: dict, dtype, tokenizer: Tokenizer, state: dict) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    c = config
+    named = {
+        name if name == "lm_head.weight" else f"transformer.{name}": t.t() if name.endswith(LINEAR) else t for name, t in tensors.items()
+    }
+    save_file({name: t.to(dtype).contiguous() for name, t in named.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # the library makes it readable for one user only
+    ids = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
+    settings = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "dtype": str(dtype).removeprefix("torch."), **ids}
+    settings |= {"vocab_size": c.vocab_size, "n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head}
+    settings |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": c.tied}
+    settings |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
+    words = {"bos_token": tokenizer.eot_text, "eos_token": tokenizer.eot_text, "unk_token": tokenizer.eot_text}
+    words |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": c.block_size, "clean_up_tokenization_spaces": False}
+    contents = {"config.json": settings, "tokenizer_config.json": words, "generation_config.json": {**ids, "pad_token_id": tokenizer.eot}}
+    for name, value in contents.items():
+        (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    (folder / "tokenizer.json").write_bytes(tokenizer.to_json())
+    (folder / "README.md").write_text(model_card(config, tokenizer, state), encoding="utf-8")
+
+
+def model_card(config: GPTConfig, tokenizer: Tokenizer, state: dict) -> str:
+    """Facts of a checkpoint for people, as Hugging Face's README.md; what is not known is not said."""
+    settings, best = state.get("config", {}), state.get("best") or {}
+    facts = {"parameters": f"{count_parameters(config):,}", "steps": f"{state['step']:,}", "tokens seen": f"{state.get('tokens', 0):,}"}
+    facts |= {"validation loss (nats per token)": f"{best['val_loss']:.4f} at step {best['step']:,}"} if best.get("val_loss") else {}
+    facts |= {"text": " ".join(str(settings[k]) for k in ("dataset_name", "dataset_subset") if settings.get(k))} if settings else {}
+    facts |= {"imported from": state["imported_from"]} if "imported_from" in state else {}
+    facts |= {"tokenizer": f"{tokenizer.name}, {tokenizer.vocab_size:,} ids", "context": f"{config.block_size} tokens"}
+    facts |= {"blocks, heads, width": f"{config.n_layer}, {config.n_head}, {config.n_embd}"}
+    facts |= {name: settings[name] for name in ("max_lr", "batch_size", "optimizer", "seed") if name in settings}
+    rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items() if value != "")
+    begin = f"A text that begins a document begins with {tokenizer.eot_text}: the model saw it before each one."
+    return f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n# A GPT-2\n\n| | |\n|---|---|\n{rows}\n{begin}\n"
+
+
+def _to_gguf(file: Path, config: GPTConfig, tensors: dict, dtype, tokenizer: Tokenizer, state: dict) -> None:
+    try:
+        import gguf
+    except ImportError as e:
+        raise ValueError("--to gguf: needs the package gguf; pip install gguf") from e
+    c, writer = config, gguf.GGUFWriter(file, "gpt2")
+    writer.add_name(f"gpt2-{c.n_layer}x{c.n_embd}-step-{state['step']}")
+    for add, value in (
+        (writer.add_context_length, c.block_size),
+        (writer.add_embedding_length, c.n_embd),
+        (writer.add_feed_forward_length, 4 * c.n_embd),
+        (writer.add_block_count, c.n_layer),
+        (writer.add_head_count, c.n_head),
+        (writer.add_layer_norm_eps, 1e-5),
+        (writer.add_tokenizer_model, "gpt2"),
+        (writer.add_tokenizer_pre, "gpt-2"),
+        (writer.add_bos_token_id, tokenizer.eot),
+        (writer.add_eos_token_id, tokenizer.eot),
+    ):
+        add(value)
+    spec = json.loads(tokenizer.to_json())
+    words = {i: word for word, i in spec["model"]["vocab"].items()} | {i: word for word, i in tokenizer.special.items()}
+    filled = range(c.vocab_size)  # a vocabulary that is filled up has ids without a word
+    kinds = {True: gguf.TokenType.CONTROL, False: gguf.TokenType.NORMAL}
+    writer.add_token_list([words.get(i, f"[PAD{i}]") for i in filled])
+    writer.add_token_types([kinds[i in tokenizer.special.values()] if i in words else gguf.TokenType.UNUSED for i in filled])
+    writer.add_token_merges([" ".join(merge) for merge in spec["model"]["merges"]])
+    kind = {
+        torch.float32: gguf.GGMLQuantizationType.F32,
+        torch.float16: gguf.GGMLQuantizationType.F16,
+        torch.bfloat16: gguf.GGMLQuantizationType.BF16,
+    }
+    writer.add_file_type({torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}[dtype])
+    for name, t in tensors.items():
+        small = t.ndim < 2 or name == "wpe.weight"  # which llama.cpp adds, and wants in fp32
+        t = t.float() if small else t.to(dtype)
+        raw = t.view(torch.int16).numpy().view("uint8") if t.dtype == torch.bfloat16 else t.numpy()
+        writer.add_tensor(gguf_name(name), raw, raw_dtype=kind[t.dtype])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def gguf_name(name: str) -> str:
+    """llama.cpp's name of one of our tensors."""
+    tops = {"wte.weight": "token_embd.weight", "wpe.weight": "position_embd.weight", "lm_head.weight": "output.weight"}
+    tops |= {"ln_f.weight": "output_norm.weight", "ln_f.bias": "output_norm.bias"}
+    if name in tops:
+        return tops[name]
+    _, i, *middle, kind = name.split(".")
+    parts = {"ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm"}
+    parts |= {"mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
+    return f"blk.{i}.{parts['.'.join(middle)]}.{kind}"
+
+
+def _to_nanogpt(file: Path, config: GPTConfig, tensors: dict, dtype, tokenizer: Tokenizer, state: dict) -> None:
+    if not config.tied:
+        raise ValueError("--to nanogpt: its output head is the embedding, this model has one of its own; use --to hf")
+    named = {f"transformer.{name}": t.to(dtype) for name, t in tensors.items()}
+    shape = {k: v for k, v in asdict(config).items() if k != "tied"}
+    best = (state.get("best") or {}).get("val_loss", 1e9)
+    found = {"model": named | {"lm_head.weight": named["transformer.wte.weight"]}, "model_args": {**shape, "bias": True}}
+    torch.save(found | {"iter_num": state["step"], "best_val_loss": best, "config": {"out_dir": "out"}}, file)
+
+
+# ------------------------------------------------------------------------------------------------------ looking
 
 
 def weights_hash(tensors: dict) -> str:
@@ -51,21 +411,120 @@ def weights_hash(tensors: dict) -> str:
     return digest.hexdigest()
 
 
-def main(config: VerifyConfig | InfoConfig) -> None:
-    """Verify the checkpoint and print what it holds."""
-    path = Path(config.path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: does not exist; give a run folder or a checkpoint folder")
-    folder = newest_checkpoint(path)
-    weights, state = load_checkpoint(folder)
-    n_numbers = sum(t.numel() for t in weights.values())
-    print(f"{folder}: whole; step {state.get('step')}, {len(weights)} tensors, {n_numbers:,} numbers")
-    if isinstance(config, InfoConfig):
-        for name, t in weights.items():
-            print(f"{str(t.dtype).removeprefix('torch.'):9} {' x '.join(map(str, t.shape)):16} {name}")
+def info(config: InfoConfig) -> None:
+    """Print what a checkpoint is."""
+    weights = open_weights(config.path, config.n_head)
+    c, f = weights.config, weights.facts
+    heads = "the head is the embedding" if c.tied else "a head of its own"
+    print(f"{f.get('checkpoint', config.path)}: {f.get('kind', 'checkpoint of ' + str(f.get('script', 'this project')))}")
+    shape = f"{c.n_layer} blocks, {c.n_head} heads, width {c.n_embd}, context {c.block_size}, vocabulary {c.vocab_size:,}"
+    print(f"model: GPT-2, {shape}, {heads}")
+    n_bytes = 4 * count_parameters(c)
+    print(f"parameters: {count_parameters(c):,}, {n_bytes / 1e6:,.1f} MB in fp32")
+    if "checkpoint" in f:
+        best = f.get("best") or {}
+        loss = f", best validation loss {best['val_loss']:.4f} at step {best['step']}" if best.get("val_loss") else ""
+        print(f"trained: step {f.get('step')}, {f.get('tokens', 0):,} tokens{loss}")
+        print(f"data: {str(f.get('data', 'not recorded'))[:16]}, tokenizer: {f.get('tokenizer', 'not recorded')}")
+        run_dir = Path(config.path) if (Path(config.path) / "checkpoints").is_dir() else Path(f["checkpoint"]).parent.parent
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            print(f"to go on: {json.loads((run_dir / 'run.json').read_text(encoding='utf-8'))['resume']}")
+        print(f"to sample: python gpt_train.py --checkpoint {f['checkpoint']}")
     else:
-        print(weights_hash(weights))
+        print(f"tokenizer: {weights.tokenizer_at or 'none beside it'}")
+        print(f"to use it: python wt_load.py import {config.path} runs/NAME")
+    if config.tensors:
+        for name, t in weights.tensors.items():
+            print(f"{' x '.join(map(str, t.shape)):16} {name}")
+
+
+def verify(config: VerifyConfig) -> None:
+    """Compare files with their hashes, shapes with the model, values with what is finite."""
+    weights = open_weights(config.path, config.n_head)
+    tensors = {name: t.read() for name, t in weights.tensors.items()}
+    if wrong := [name for name, t in tensors.items() if not torch.isfinite(t).all()]:
+        raise ValueError(f"{config.path}: {', '.join(wrong)}: not all values are finite; the training diverged, use an earlier checkpoint")
+    n_numbers = sum(t.numel() for t in tensors.values())
+    where, step = weights.facts.get("checkpoint", config.path), weights.facts.get("step")
+    hashed = "whole" if "checkpoint" in weights.facts else "shapes and values are right (there are no hashes to compare)"
+    print(f"{where}: {hashed}; {f'step {step}, ' if step is not None else ''}{len(tensors)} tensors, {n_numbers:,} numbers")
+    print(weights_hash(tensors))
+
+
+def list_run(config: ListConfig) -> None:
+    """A line for each checkpoint of a run."""
+    folders = list_checkpoints(config.path)
+    if not folders:
+        raise FileNotFoundError(f"{config.path}: no checkpoints here; give a run folder such as runs/advanced")
+    for folder in folders:
+        try:
+            verify_checkpoint(folder)
+            state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            best = (state.get("best") or {}).get("step") == state["step"]
+            n_bytes = sum(f.stat().st_size for f in folder.iterdir())
+            print(f"{folder}: step {step_of(folder)}, {state.get('tokens', 0):,} tokens, {n_bytes:,} bytes{', the best' if best else ''}")
+        except ValueError as e:
+            print(f"{folder}: damaged ({e})")
+
+
+def diff(config: DiffConfig) -> None:
+    """Print the tensors that differ, those that differ most first."""
+    a, b = open_weights(config.a, config.n_head), open_weights(config.b, config.n_head)
+    lines = [
+        f"{k}: {v} in {config.a}, {asdict(b.config)[k]} in {config.b}" for k, v in asdict(a.config).items() if v != asdict(b.config)[k]
+    ]
+    lines += [f"{name}: only in {config.a}" for name in a.tensors.keys() - b.tensors.keys()]
+    lines += [f"{name}: only in {config.b}" for name in b.tensors.keys() - a.tensors.keys()]
+    apart, same = [], 0
+    for name in sorted(a.tensors.keys() & b.tensors.keys()):
+        if a.tensors[name].shape != b.tensors[name].shape:
+            lines.append(f"{name}: {list(a.tensors[name].shape)} in {config.a}, {list(b.tensors[name].shape)} in {config.b}")
+            continue
+        x, y = a.tensors[name].read().float(), b.tensors[name].read().float()
+        if torch.equal(x, y):
+            same += 1
+        else:
+            apart.append(((x - y).norm().item() / max(x.norm().item(), 1e-30), (x - y).abs().max().item(), name))
+    lines += [f"{name}: relative difference {rel:.3e}, at most {most:.3e}" for rel, most, name in sorted(apart, reverse=True)]
+    print("\n".join([*lines, f"{same} tensors are equal, {len(apart)} differ"]))
+
+
+def average(config: AverageConfig) -> None:
+    """Write a run folder with the mean of the weights."""
+    if len(config.paths) < 2:
+        raise ValueError("average: give two or more checkpoints")
+    refuse_existing(Path(config.out), "out")
+    folders = [newest_checkpoint(path) for path in config.paths]
+    model, tokenizer, state = load_model(folders[0], torch.device("cpu"))
+    total = {name: t.double() for name, t in model.state_dict().items()}
+    for folder in folders[1:]:
+        other, its_tokenizer, its_state = load_model(folder, torch.device("cpu"))
+        if other.config != model.config or its_tokenizer.fingerprint != tokenizer.fingerprint:
+            raise ValueError(f"{folder}: is of another model or tokenizer than {folders[0]}; average checkpoints of one kind")
+        for name, t in other.state_dict().items():
+            total[name] += t
+    mean = {name: (t / len(folders)).float() for name, t in total.items()}
+    step = max(load_checkpoint(folder)[1]["step"] for folder in folders)
+    more = {"script": "wt_load.py", "step": step, "averaged": [str(folder) for folder in folders], "best": None}
+    folder = save_checkpoint(config.out, step, {"model.safetensors": mean}, state | more, {"tokenizer.json": tokenizer.to_json()}, 1)
+    print(f"{folder}: the mean of {len(folders)} checkpoints")
+
+
+COMMANDS = {  # name -> (what it takes, what it does)
+    "import": (ImportConfig, import_weights),
+    "export": (ExportConfig, export),
+    "info": (InfoConfig, info),
+    "verify": (VerifyConfig, verify),
+    "list": (ListConfig, list_run),
+    "diff": (DiffConfig, diff),
+    "average": (AverageConfig, average),
+}
+
+
+def main(config) -> None:
+    """Run the command whose configuration this is."""
+    next(run for kind, run in COMMANDS.values() if type(config) is kind)(config)
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse({"verify": VerifyConfig, "info": InfoConfig})))
+    run_script(lambda: main(parse({name: kind for name, (kind, _) in COMMANDS.items()})))

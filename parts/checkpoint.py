@@ -195,6 +195,17 @@ def _lock(run_dir: Path):
     return lock
 
 
+def enough_disk(run_dir, one: int, keep_last: int, afresh: bool) -> None:
+    """Raises ValueError where the disk has no room for the checkpoints that will be kept, of `one` byte count each, and the next one."""
+    run_dir = Path(run_dir)
+    there = 0 if afresh else sum(f.stat().st_size for f in run_dir.glob("checkpoints/step_*/*") if f.is_file())
+    nearest = next(p for p in (run_dir, *run_dir.resolve().parents) if p.is_dir())
+    need, free = one * (keep_last + 2) - there, shutil.disk_usage(nearest).free
+    if need > free:
+        what = f"{keep_last + 2} checkpoints of {one / 1e9:.2f} GB need {need / 1e9:.2f} GB, the disk has {free / 1e9:.2f}"
+        raise ValueError(f"--output_dir: {run_dir}: {what}; free some space, lower --keep_last, or choose another folder")
+
+
 def move_aside(run_dir) -> Path | None:
     """Rename a run folder that holds a run to the next free name (runs/simple-1), and return that; None where there is none."""
     run_dir = Path(run_dir)

@@ -54,12 +54,11 @@ def _one(path, name: str) -> torch.Tensor:
 
 def read_torch(path) -> tuple[dict[str, Stored], dict]:
     """(what a file of torch.save holds, the settings beside it: nanoGPT's model_args). Raises ValueError."""
-    options = {"map_location": "cpu", "weights_only": True}
     try:
         try:
-            found = torch.load(path, mmap=True, **options)
+            found = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
         except RuntimeError:  # the format before torch 1.6 cannot be mapped
-            found = torch.load(path, **options)
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # noqa: BLE001  a damaged or hostile pickle raises whatever it likes
         why = " ".join(str(e).split())[:150]
         raise ValueError(f"{path}: cannot be read as tensors and nothing else ({why}); export it as safetensors") from e

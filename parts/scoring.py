@@ -3,7 +3,7 @@ How well a model predicts: the loss of a text in sliding windows, and HellaSwag'
 
 A model is here a function: ids (B, T) int64 -> logits (B, T, V), causal. Rows shorter than their batch are padded on
 the right, where no position that counts can see it. Logarithms are taken in fp32, sums in fp64, so a result hangs on
-batch_size only by what the model's own matrix products do (on a CPU in fp32 about 1e-8 of the loss).
+batch_size only by what the model's own matrix products do: on the CPU measured mostly by nothing, at most by 2e-10 of the loss.
 """
 
 from __future__ import annotations

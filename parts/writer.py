@@ -91,3 +91,11 @@ def available_memory() -> float:
             return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return float("inf")
+
+
+def enough_memory(need: float, what: str, flag: str) -> None:
+    """Raises ValueError where that many bytes are not to be had."""
+    if need > (free := available_memory()):
+        raise ValueError(
+            f"{flag}: {what} need {need / 1e9:.2f} GB, {free / 1e9:.2f} are free; start on more machines, or take a smaller model"
+        )

@@ -76,3 +76,9 @@ def test_without_memory_for_a_copy_the_training_waits(tmp_path, large, monkeypat
     w = ready(save_checkpoint)
     assert w.save(tmp_path, 5, {"model.safetensors": [("a", torch.ones(3))]}, {}, {}, 3)
     assert len(list_checkpoints(tmp_path)) == 1
+
+
+def test_memory_that_is_not_there_is_told_before_it_is_taken():
+    writer.enough_memory(2**20, "weights", "--cpu_offload")
+    with pytest.raises(ValueError, match="--cpu_offload: weights need 1000000.00 GB"):
+        writer.enough_memory(1e15, "weights", "--cpu_offload")
