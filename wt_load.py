@@ -135,13 +135,17 @@ def open_weights(source: str, n_head: int | None = None) -> Weights:
             config = GPTConfig(**state["model_config"])
         except (KeyError, TypeError) as e:
             raise ValueError(f"{folder}: holds no GPT of this project ({error_line(e)})") from e
-        named = {name: formats.Stored(tuple(t.shape), t.detach) for name, t in tensors.items()}
+        named = {name: formats.Stored(tuple(t.shape), lambda _, t=t: t.detach()) for name, t in tensors.items()}
         return _fitting(Weights(config, named, folder, {"checkpoint": str(folder), **state}), folder)
     settings, folder = {}, path if path.is_dir() else path.parent
     if path.is_dir() and (prefix := find_prefix(path)):
         bundle = Bundle(prefix)
-        tensors = {name: formats.Stored(shape, lambda name=name: bundle.tensor(name)) for name, shape in bundle.shapes.items()}
-        settings, kind = formats.read_json(path / "hparams.json") if (path / "hparams.json").exists() else {}, "TensorFlow checkpoint"
+        tensors = {
+            name: formats.Stored(shape, lambda turned, name=name: formats.in_memory(bundle.tensor(name), turned))
+            for name, shape in bundle.shapes.items()
+        }
+        kind = "TensorFlow checkpoint"
+        settings = formats.read_json(path / "hparams.json") if (path / "hparams.json").exists() else {}
     elif path.is_dir():
         tensors, kind = formats.read_folder(path), "Hugging Face folder"
         settings = formats.read_json(path / "config.json") if (path / "config.json").exists() else {}
@@ -164,7 +168,7 @@ def open_weights(source: str, n_head: int | None = None) -> Weights:
     if settings.get("bias") is False:  # nanoGPT's option: a bias of zeros is the same model
         for name in [n for n in named if n.endswith(".weight") and n.startswith(("h.", "ln_f"))]:
             n = named[name].shape[0]
-            named.setdefault(name.replace(".weight", ".bias"), formats.Stored((n,), lambda n=n: torch.zeros(n)))
+            named.setdefault(name.replace(".weight", ".bias"), formats.Stored((n,), lambda _, n=n: torch.zeros(n)))
     tokenizer_at = next((folder / n for n in ("tokenizer.json", "vocab.bpe", "merges.txt") if (folder / n).exists()), None)
     return _fitting(Weights(GPTConfig(**shape, n_head=H), named, tokenizer_at, {"kind": kind, "source": source}), path)
 

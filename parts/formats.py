@@ -24,14 +24,24 @@ from safetensors import SafetensorError, safe_open
 
 @dataclass
 class Stored:
-    """A tensor in a file: its shape, and a function that reads it into memory of its own."""
+    """A tensor in a file: its shape, and a function that reads it into memory of its own, transposed if it is told to."""
 
     shape: tuple[int, ...]
-    read: Callable[[], torch.Tensor]
+    fetch: Callable[[bool], torch.Tensor]
+    turned: bool = False
 
-    def turned(self) -> Stored:
+    def read(self) -> torch.Tensor:
+        """The tensor."""
+        return self.fetch(self.turned)
+
+    def turn(self) -> Stored:
         """The same, transposed; a leading dimension of one (OpenAI's) is dropped."""
-        return Stored(tuple(self.shape[-2:][::-1]), lambda: self.read().reshape(self.shape[-2:]).t().contiguous())
+        return Stored(tuple(self.shape[-2:][::-1]), self.fetch, not self.turned)
+
+
+def in_memory(tensor, turned: bool):
+    """A copy, in one step: a second one in between would leave a hole in the memory for each weight."""
+    return (tensor.reshape(tensor.shape[-2:]).t() if turned else tensor).clone(memory_format=torch.contiguous_format)
 
 
 # ------------------------------------------------------------------------------------------------------- the files
@@ -46,10 +56,10 @@ def read_safetensors(path) -> dict[str, Stored]:
         raise ValueError(f"{path}: not a whole safetensors file ({' '.join(str(e).split())[:150]}); download or write it again") from e
 
 
-def _one(path, name: str) -> torch.Tensor:
+def _one(path, name: str, turned: bool) -> torch.Tensor:
     # opened anew for each tensor: pages of the file that were read would otherwise count as this process's memory
     with safe_open(path, "pt") as f:
-        return f.get_tensor(name).clone()
+        return in_memory(f.get_tensor(name), turned)
 
 
 def read_torch(path) -> tuple[dict[str, Stored], dict]:
@@ -68,7 +78,7 @@ def read_torch(path) -> tuple[dict[str, Stored], dict]:
             found = found[key]
     if not isinstance(found, dict) or not all(isinstance(k, str) and torch.is_tensor(t) for k, t in found.items()) or not found:
         raise ValueError(f"{path}: holds no named tensors; give the file of a model's state_dict")
-    return {k: Stored(tuple(t.shape), t.clone) for k, t in found.items()}, settings if isinstance(settings, dict) else {}
+    return {k: Stored(tuple(t.shape), partial(in_memory, t)) for k, t in found.items()}, settings if isinstance(settings, dict) else {}
 
 
 def read_folder(folder) -> dict[str, Stored]:
@@ -128,11 +138,11 @@ def our_names(tensors: dict[str, Stored]) -> dict[str, Stored]:
         named = {_openai(name): t for name, t in named.items()}
     elif any(name.startswith("trf_blocks.") for name in named):
         for old, new in SCRATCH.items():
-            named = {re.sub(f"^{old}$", new, name).replace(".scale", ".weight").replace(".shift", ".bias"): t for name, t in named.items()}
-        named = _joined(named)
+            named = {re.sub(f"^{old}$", new, name): t for name, t in named.items()}
+        named = _joined({name.replace(".scale", ".weight").replace(".shift", ".bias"): t for name, t in named.items()})
     first = named.get("h.0.mlp.c_fc.weight")
     if first and len(first.shape) >= 2 and first.shape[-1] == 4 * first.shape[-2]:
-        named = {name: t.turned() if TURNED.fullmatch(name) and len(t.shape) >= 2 else t for name, t in named.items()}
+        named = {name: t.turn() if TURNED.fullmatch(name) and len(t.shape) >= 2 else t for name, t in named.items()}
     return named
 
 
@@ -151,10 +161,10 @@ def _joined(named: dict[str, Stored]) -> dict[str, Stored]:
             parts = [named.get(f"h.{i}.attn.{letter}.{kind}") for letter in ("query", "key", "value")]
             if all(parts):
                 shape = (sum(p.shape[0] for p in parts), *parts[0].shape[1:])
-                joined[f"h.{i}.attn.c_attn.{kind}"] = Stored(shape, lambda parts=parts: torch.cat([p.read() for p in parts]))
+                joined[f"h.{i}.attn.c_attn.{kind}"] = Stored(shape, lambda _, parts=parts: torch.cat([p.read() for p in parts]))
             elif kind == "bias" and not any(parts):
                 n = 3 * named[f"h.{i}.attn.query.weight"].shape[0]
-                joined[f"h.{i}.attn.c_attn.bias"] = Stored((n,), partial(torch.zeros, n))
+                joined[f"h.{i}.attn.c_attn.bias"] = Stored((n,), lambda _, n=n: torch.zeros(n))
     return joined
 
 
