@@ -40,6 +40,7 @@ from parts.meter import read_metrics
 from parts.objectives import cross_entropy_of_head
 from parts.parallel import choose_dtype, pick_device
 from parts.plots import draw_losses
+from parts.products import Linear, product
 from parts.shards import Shards, read_index
 from parts.tokenizers import Tokenizer
 
@@ -129,8 +130,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one product
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one product
+        self.c_proj = Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache: LayerCache | None = None):
@@ -162,8 +163,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
@@ -199,7 +200,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         if not config.tied:
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.apply(self._init_weights)
         # 2 L products add to the residual stream; scaled like this its variance does not grow with depth.
         for name, parameter in self.named_parameters():
@@ -234,7 +235,7 @@ class GPT(nn.Module):
             x = block(x, cache[i] if cache else None)
         x, head = self.ln_f(x), self.wte.weight if self.config.tied else self.lm_head.weight
         if targets is None:
-            return F.linear(x[:, -1:] if last else x, head)  # (B, T, V) or (B, 1, V)
+            return product(x[:, -1:] if last else x, head)  # (B, T, V) or (B, 1, V)
         return cross_entropy_of_head(x.flatten(0, 1), head, targets.flatten())
 
 
