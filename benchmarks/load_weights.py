@@ -1,0 +1,58 @@
+"""
+How much memory loading takes: GPT-2 in a Hugging Face folder of the given size, in fp32, read by wt_load.load_gpt.
+
+    python benchmarks/load_weights.py                  # 124M
+    python benchmarks/load_weights.py --size 1558M     # 6.2 GB of memory; the file is sparse and takes no room
+
+Prints the highest memory of the process above what it had before (VmHWM, Linux), over the bytes of the weights, and the seconds.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from gpt_train import GPT, SIZES, GPTConfig
+
+TURNED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) at Hugging Face
+LOADING = """
+import sys, time, torch
+from wt_load import load_gpt
+
+def peak():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status", encoding="ascii") if line.startswith("VmHWM"))
+
+torch.ones(1000, 1000) @ torch.ones(1000, 1000)
+before, started = peak(), time.perf_counter()
+n_bytes = sum(p.nbytes for p in load_gpt(sys.argv[1]).parameters())
+print(f"{n_bytes / 1e9:.2f} GB of weights, peak {(peak() - before) / n_bytes:.3f} times that, {time.perf_counter() - started:.1f} s")
+"""
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("--size", default="124M", choices=SIZES)
+    size = parser.parse_args().size
+    with torch.device("meta"):
+        model = GPT(GPTConfig.of_size(size))
+    header, start = {}, 0
+    for name, t in model.state_dict().items():
+        shape = list(t.shape[::-1] if name.endswith(TURNED) else t.shape)
+        header[f"transformer.{name}"] = {"dtype": "F32", "shape": shape, "data_offsets": [start, start + t.nbytes]}
+        start += t.nbytes
+    text = json.dumps(header).encode()
+    with tempfile.TemporaryDirectory() as tmp:
+        with open(f"{tmp}/model.safetensors", "wb") as f:
+            f.write(len(text).to_bytes(8, "little") + text)
+            f.truncate(8 + len(text) + start)
+        Path(tmp, "config.json").write_text(json.dumps({"model_type": "gpt2", "n_head": model.config.n_head}), encoding="utf-8")
+        subprocess.run([sys.executable, "-c", LOADING, tmp], check=True)
+
+
+if __name__ == "__main__":
+    main()
