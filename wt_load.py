@@ -206,18 +206,33 @@ def load_gpt(source: str, n_head: int | None = None) -> GPT:
 
 
 def from_hub(name: str) -> Path:
-    """The folder of a model in the standard hub cache; downloaded, resumed and checked by the hub's own library if it is not there."""
+    """
+    The folder of a model in the standard hub cache; downloaded and resumed by the hub's own library if it is not there.
+
+    Raises ValueError where it cannot be had, or where a file differs from the sha256 that the hub names it by.
+    """
     import huggingface_hub  # here: only this needs it
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "merges.txt", "vocab.bpe"]
+    wanted = ["config.json", "tokenizer.json", "merges.txt", "vocab.bpe"]
     try:
-        with contextlib.suppress(LocalEntryNotFoundError):
-            return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, local_files_only=True))
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, etag_timeout=10))
+        try:
+            folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+            formats.read_folder(folder)
+        except (LocalEntryNotFoundError, ValueError):  # not there, or not all of it
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=[*wanted, "model*.safetensors*"], etag_timeout=10))
+            if not any(folder.glob("model*.safetensors*")):
+                folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=[*wanted, "pytorch_model*.bin*"], etag_timeout=10))
     except Exception as e:  # noqa: BLE001  the hub's client raises errors of whatever http library it uses
         why = " ".join(str(e).split())[:150]
         raise ValueError(f"hf:{name}: not in the hub's cache here, and the hub gives nothing ({why}); give a folder instead") from e
+    for file in sorted([*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]):
+        blob = file.resolve()  # the cache names large files by their sha256
+        if len(blob.name) == 64:
+            with open(blob, "rb") as f:
+                if hashlib.file_digest(f, "sha256").hexdigest() != blob.name:
+                    raise ValueError(f"{blob}: differs from its sha256, which is its name; delete it, it is fetched again")
+    return folder
 
 
 def tokenizer_of(weights: Weights, spec: str | None) -> Tokenizer:

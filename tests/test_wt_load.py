@@ -1,5 +1,6 @@
 """Weights come in from other projects and go out again with the same bits, and compute the same logits there."""
 
+import hashlib
 import json
 import os
 import shlex
@@ -182,7 +183,7 @@ def test_another_family_or_arithmetic_is_refused(tmp_path, change, what):
         load_gpt(str(tmp_path / "hf"))
 
 
-def test_a_name_of_the_hub_is_looked_up_in_its_cache_and_its_absence_told(tmp_path):
+def test_a_name_of_the_hub_is_looked_up_in_its_cache_and_its_absence_told(tmp_path, monkeypatch):
     cached = tmp_path / "hub/models--me--tiny"
     as_transformers(gpt()).save_pretrained(cached / "snapshots/abc")
     (cached / "snapshots/abc/tokenizer.json").write_bytes(byte_tokenizer().to_json())
@@ -192,6 +193,17 @@ def test_a_name_of_the_hub_is_looked_up_in_its_cache_and_its_absence_told(tmp_pa
     result = run("wt_load.py", "import", "hf:me/tiny", "run", cwd=tmp_path, env=env)
     assert result.returncode == 0, result.stderr
     assert same_bits(tensors_of(tmp_path / "run"), gpt().state_dict())
+    # large files lie in the cache under their sha256
+    file = cached / "snapshots/abc/model.safetensors"
+    blob = cached / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+    blob.parent.mkdir()
+    file.rename(blob)
+    file.symlink_to(blob)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert wt_load.from_hub("me/tiny") == cached / "snapshots/abc"
+    blob.write_bytes(blob.read_bytes()[:-1] + b"?")
+    with pytest.raises(ValueError, match="differs from its sha256, which is its name"):
+        wt_load.from_hub("me/tiny")
     assert "hf:me/other: not in the hub's cache" in one_error_line(
         run("wt_load.py", "import", "hf:me/other", "r", cwd=tmp_path, env=env), 2
     )
