@@ -369,6 +369,7 @@ def _to_gguf(file: Path, config: GPTConfig, tensors: dict, dtype, tokenizer: Tok
         (writer.add_tokenizer_pre, "gpt-2"),
         (writer.add_bos_token_id, tokenizer.eot),
         (writer.add_eos_token_id, tokenizer.eot),
+        (writer.add_add_bos_token, True),  # a document begins with it, here as there
     ):
         add(value)
     spec = json.loads(tokenizer.to_json())

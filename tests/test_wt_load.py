@@ -212,6 +212,23 @@ def test_a_name_of_the_hub_is_looked_up_in_its_cache_and_its_absence_told(tmp_pa
 # ---------------------------------------------------------------------------------------------------------- out
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@torch.no_grad()
+def test_a_head_of_its_own_and_half_precision_arrive_at_transformers(tmp_path, dtype):
+    import transformers
+
+    model = gpt(GPTConfig(**{**asdict(TINY), "tied": False}))
+    as_run(model, tmp_path / "run")
+    main(ExportConfig(str(tmp_path / "run"), ("hf", str(tmp_path / "out")), dtype))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    half = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    assert theirs.lm_head.weight.dtype == half and torch.equal(theirs.lm_head.weight, model.lm_head.weight.to(half))
+    ids = torch.randint(257, (2, 20))
+    rounded = GPT(model.config).eval()
+    rounded.load_state_dict({name: t.to(half).float() for name, t in model.state_dict().items()})
+    assert (rounded(ids) - theirs.float()(ids).logits).abs().max() <= 1e-4
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run of 50 steps of the production trainer, with a BPE of its own."""
