@@ -35,7 +35,7 @@ import tyro
 
 from gpt_train import GPT, SIZES, GPTConfig, count_parameters, load_model
 from parts import formats
-from parts.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint, step_of, verify_checkpoint
+from parts.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, read_state, save_checkpoint, step_of, verify_checkpoint
 from parts.config import parse
 from parts.launch import error_line, run_script
 from parts.tf_bundle import Bundle, find_prefix
@@ -128,7 +128,7 @@ def open_weights(source: str, n_head: int | None = None) -> Weights:
     path = from_hub(source.removeprefix("hf:")) if source.startswith("hf:") else Path(source)
     if not os.path.lexists(path):
         raise FileNotFoundError(f"{path}: does not exist; give a run folder, weights of another project, or hf:NAME of the hub")
-    if (path / "MANIFEST.json").exists() or (path / "checkpoints").is_dir():
+    if os.path.lexists(path / "MANIFEST.json") or (path / "checkpoints").is_dir():
         folder = newest_checkpoint(path)
         tensors, state = load_checkpoint(folder)
         try:
@@ -479,9 +479,9 @@ def list_run(config: ListConfig) -> None:
     for folder in folders:
         try:
             verify_checkpoint(folder)
-            state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            state = read_state(folder)
             best = (state.get("best") or {}).get("step") == state["step"]
-            n_bytes = sum(f.stat().st_size for f in folder.iterdir())
+            n_bytes = sum(f.lstat().st_size for f in folder.iterdir())
             print(f"{folder}: step {step_of(folder)}, {state.get('tokens', 0):,} tokens, {n_bytes:,} bytes{', the best' if best else ''}")
         except ValueError as e:
             print(f"{folder}: damaged ({e})")
@@ -524,7 +524,7 @@ def average(config: AverageConfig) -> None:
         for name, t in other.state_dict().items():
             total[name] += t
     mean = {name: (t / len(folders)).float() for name, t in total.items()}
-    step = max(load_checkpoint(folder)[1]["step"] for folder in folders)
+    step = max(read_state(folder)["step"] for folder in folders)
     more = {"script": "wt_load.py", "step": step, "averaged": [str(folder) for folder in folders], "best": None}
     folder = save_checkpoint(config.out, step, {"model.safetensors": mean}, state | more, {"tokenizer.json": tokenizer.to_json()}, 1)
     print(f"{folder}: the mean of {len(folders)} checkpoints")

@@ -239,21 +239,41 @@ def step_of(folder) -> int:
     return int(Path(folder).name.removeprefix("step_"))
 
 
-def verify_checkpoint(folder) -> None:
-    """Compare every file with the manifest. Raises ValueError naming the first that differs."""
-    folder = Path(folder)
+def _json_object(path: Path) -> dict:
+    """What a JSON file holds. Raises ValueError naming it: missing, not a file (a pipe would be waited for), not JSON, no object."""
+    way_out = "the checkpoint is damaged, use another one"
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: missing, or not a file; {way_out}")
     try:
-        files = json.loads((folder / "MANIFEST.json").read_text(encoding="utf-8"))["files"]
-        for name, entry in files.items():
-            path = folder / name
-            if Path(name).name != name or path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: not readable as JSON ({' '.join(str(e).split())[:150]}); {way_out}") from e
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds no JSON object; {way_out}")
+    return found
+
+
+def verify_checkpoint(folder) -> None:
+    """Compare every file with the manifest. Raises ValueError naming the first that differs, or that it does not list."""
+    folder = Path(folder)
+    manifest = folder / "MANIFEST.json"
+    files = _json_object(manifest).get("files")
+    if not isinstance(files, dict) or not all(isinstance(e, dict) and {"bytes", "sha256"} <= e.keys() for e in files.values()):
+        raise ValueError(f"{manifest}: has no list of files with bytes and sha256; the checkpoint is damaged, use another one")
+    if odd := [name for name in files if Path(name).name != name]:
+        raise ValueError(f"{manifest}: names {odd[0][:200]!r}, which is no file beside it; the checkpoint is damaged, use another one")
+    for name in ("model.safetensors", "trainer_state.json", "tokenizer.json"):  # what is read: a short list would make it unverified
+        if name not in files and os.path.lexists(folder / name):
+            raise ValueError(f"{folder / name}: is not in MANIFEST.json; the checkpoint is damaged, use another one")
+    for name, entry in files.items():
+        path = folder / name
+        if not os.path.isfile(path):  # to read a pipe would be to wait for it
+            raise ValueError(f"{str(path)[:500]}: missing, or not a file; the checkpoint is damaged, use another one")
+        try:
+            if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
                 raise ValueError(f"{path}: differs from its MANIFEST.json; the file is damaged, use another checkpoint")
-    except FileNotFoundError as e:
-        raise ValueError(f"{e.filename}: missing; the checkpoint is damaged, use another one") from e
-    except OSError as e:
-        raise ValueError(f"{e.filename}: {e.strerror}; the checkpoint is damaged, use another one") from e
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise ValueError(f"{folder / 'MANIFEST.json'}: not readable ({e!r}); the checkpoint is damaged, use another one") from e
+        except OSError as e:
+            raise ValueError(f"{path}: {e.strerror}; the checkpoint is damaged, use another one") from e
 
 
 def newest_checkpoint(path) -> Path:
@@ -286,11 +306,20 @@ def load_tensors(path) -> dict:
         raise ValueError(f"{path}: not a file of tensors ({e})") from e
 
 
+def read_state(folder) -> dict:
+    """The trainer state of a checkpoint folder. Raises ValueError where it is none, or holds what cannot be told or gone on from."""
+    path = Path(folder) / "trainer_state.json"
+    state = _json_object(path)
+    kinds = {"step": int, "tokens": int, "model_config": dict, "config": dict, "best": dict | None}
+    best = state.get("best") or {"step": 0, "val_loss": 0.0}
+    wrong = [name for name, kind in kinds.items() if name in state and not isinstance(state[name], kind)]
+    if "step" not in state or wrong or not (isinstance(best.get("step"), int) and isinstance(best.get("val_loss"), int | float)):
+        what = f"its {wrong[0] if wrong else 'best' if 'step' in state else 'step'} is missing or of the wrong type"
+        raise ValueError(f"{path}: {what}; not a checkpoint of this project, or damaged: use another one")
+    return state
+
+
 def load_checkpoint(folder) -> tuple[dict, dict]:
     """Weights (memory-mapped) and trainer state of a checkpoint folder that was verified. Raises ValueError."""
-    folder = Path(folder)
-    try:
-        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, FileNotFoundError) as e:
-        raise ValueError(f"{folder}: not a checkpoint of this project ({e})") from e
-    return load_tensors(folder / "model.safetensors"), state
+    state = read_state(folder)
+    return load_tensors(Path(folder) / "model.safetensors"), state
