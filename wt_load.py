@@ -141,7 +141,7 @@ def open_weights(source: str, n_head: int | None = None) -> Weights:
     if path.is_dir() and (prefix := find_prefix(path)):
         bundle = Bundle(prefix)
         tensors = {
-            name: formats.Stored(shape, lambda turned, name=name: formats.in_memory(bundle.tensor(name), turned))
+            name: formats.Stored(shape, lambda turned, name=name: formats.in_memory(bundle.tensor(name), turned), str(bundle.dtypes[name]))
             for name, shape in bundle.shapes.items()
         }
         kind = "TensorFlow checkpoint"

@@ -12,7 +12,10 @@ Nothing is read but names and shapes until a tensor is asked for, and no file ca
 from __future__ import annotations
 
 import json
+import os
 import re
+import reprlib
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,10 +27,11 @@ from safetensors import SafetensorError, safe_open
 
 @dataclass
 class Stored:
-    """A tensor in a file: its shape, and a function that reads it into memory of its own, transposed if it is told to."""
+    """A tensor in a file: its shape, a function that reads it into memory of its own, transposed if it is told to; and its type's name."""
 
     shape: tuple[int, ...]
     fetch: Callable[[bool], torch.Tensor]
+    dtype: str = "torch.float32"  # torch's or safetensors' name
     turned: bool = False
 
     def read(self) -> torch.Tensor:
@@ -36,7 +40,7 @@ class Stored:
 
     def turn(self) -> Stored:
         """The same, transposed; a leading dimension of one (OpenAI's) is dropped."""
-        return Stored(tuple(self.shape[-2:][::-1]), self.fetch, not self.turned)
+        return Stored(self.shape[:-3:-1], self.fetch, self.dtype, not self.turned)
 
 
 def in_memory(tensor, turned: bool):
@@ -49,11 +53,18 @@ def in_memory(tensor, turned: bool):
 
 def read_safetensors(path) -> dict[str, Stored]:
     """What a safetensors file holds. Raises ValueError where it is none."""
+    _refuse_no_file(path)
     try:
         with safe_open(path, "pt") as f:
-            return {name: Stored(tuple(f.get_slice(name).get_shape()), partial(_one, path, name)) for name in f.keys()}  # noqa: SIM118
+            slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
+            return {name: Stored(tuple(s.get_shape()), partial(_one, path, name), s.get_dtype()) for name, s in slices.items()}
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{path}: not a whole safetensors file ({' '.join(str(e).split())[:150]}); download or write it again") from e
+
+
+def _refuse_no_file(path) -> None:
+    if not os.path.isfile(path):  # to open a pipe would be to wait for it
+        raise ValueError(f"{path}: not a file; give a file of weights, or the folder that it is in")
 
 
 def _one(path, name: str, turned: bool) -> torch.Tensor:
@@ -64,7 +75,14 @@ def _one(path, name: str, turned: bool) -> torch.Tensor:
 
 def read_torch(path) -> tuple[dict[str, Stored], dict]:
     """(what a file of torch.save holds, the settings beside it: nanoGPT's model_args). Raises ValueError."""
+    _refuse_no_file(path)
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(entry.compress_type for entry in archive.infolist()):
+                    raise ValueError("it is compressed, which torch.save never does: a small file could fill all memory")
+                if damaged := archive.testzip():  # torch does not look
+                    raise ValueError(f"{damaged} differs from its crc32, the file is damaged")
         try:
             found = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
         except RuntimeError:  # the format before torch 1.6 cannot be mapped
@@ -78,7 +96,14 @@ def read_torch(path) -> tuple[dict[str, Stored], dict]:
             found = found[key]
     if not isinstance(found, dict) or not all(isinstance(k, str) and torch.is_tensor(t) for k, t in found.items()) or not found:
         raise ValueError(f"{path}: holds no named tensors; give the file of a model's state_dict")
-    return {k: Stored(tuple(t.shape), partial(in_memory, t)) for k, t in found.items()}, settings if isinstance(settings, dict) else {}
+    for k, t in found.items():
+        if t.is_nested or t.layout != torch.strided or t.device.type != "cpu" or t.is_quantized:
+            raise ValueError(f"{path}: {k[:100]} is not a plain tensor of numbers; export it as safetensors")
+        if t.numel() * t.element_size() > t.untyped_storage().nbytes():  # strides of 0: a few bytes that would be read as terabytes
+            raise ValueError(f"{path}: {k[:100]} is {list(t.shape)}, of which the file has only {t.untyped_storage().nbytes():,} bytes")
+    settings = settings if isinstance(settings, dict) else {}
+    plain = {k: v for k, v in settings.items() if isinstance(v, str | int | float | None)}  # a tensor cannot be compared or told in a line
+    return {k: Stored(tuple(t.shape), partial(in_memory, t.detach()), str(t.dtype)) for k, t in found.items()}, plain
 
 
 def read_folder(folder) -> dict[str, Stored]:
@@ -93,17 +118,19 @@ def read_folder(folder) -> dict[str, Stored]:
         places = read_json(index).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(f, str) and Path(f).name == f for f in places.values()):
             raise ValueError(f"{index}: has no weight_map of tensors to files beside it; download the folder again")
-        if missing := sorted({f for f in places.values() if not (folder / f).is_file()}):
-            raise ValueError(f"{folder}: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; download the folder again")
+        if missing := sorted({f for f in places.values() if not os.path.isfile(folder / f)}):
+            verb = "is" if len(missing) == 1 else "are"
+            raise ValueError(f"{folder}: {', '.join(missing)[:200]} {verb} missing; download the folder again")
         parts = {f: read(folder / f) for f in sorted(set(places.values()))}
         if lost := sorted(tensor for tensor, f in places.items() if tensor not in parts[f]):
-            raise ValueError(f"{index}: {lost[0]} is not in {places[lost[0]]}; download the folder again")
+            raise ValueError(f"{index}: {lost[0][:100]} is not in {places[lost[0]]}; download the folder again")
         return {tensor: parts[f][tensor] for tensor, f in places.items()}
     raise ValueError(f"{folder}: neither model.safetensors nor pytorch_model.bin, nor an index of parts; give a folder of weights")
 
 
 def read_json(path) -> dict:
     """A JSON object of a file. Raises ValueError naming it."""
+    _refuse_no_file(path)
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:

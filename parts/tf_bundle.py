@@ -173,7 +173,8 @@ def _read(path: str, offset: int, size: int) -> np.ndarray:
 
 class Bundle:
     """
-    The variables of a TensorFlow checkpoint, read one at a time. prefix: the path without `.index`. shapes: {name: shape}.
+    The variables of a TensorFlow checkpoint, read one at a time. prefix: the path without `.index`. shapes: {name: shape};
+    dtypes: {name: torch's}.
 
     Raises FileNotFoundError where a file is missing, ValueError where one is damaged or has what this does not read:
     big-endian numbers, types that are not in DTYPES, variables that were saved in slices.
@@ -192,6 +193,7 @@ class Bundle:
         except (ValueError, IndexError) as e:  # an IndexError is a number behind the end of its bytes
             raise ValueError(f"{path}: {'damaged' if isinstance(e, IndexError) else e}; download it again, or save plain variables") from e
         self.shapes: dict[str, tuple[int, ...]] = {name: place[0] for name, place in self._places.items()}
+        self.dtypes: dict[str, torch.dtype] = {name: place[1] for name, place in self._places.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
         """One variable in memory of its own, compared with its crc32c."""
