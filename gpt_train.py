@@ -23,7 +23,7 @@ if __name__ == "__main__":  # before torch is imported, so that Ctrl-C in those 
 import codecs
 import contextlib
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from parts import scoring
 from parts.checkpoint import load_checkpoint, newest_checkpoint, write_file
 from parts.config import parse
+from parts.formats import shape_of
 from parts.launch import error_line, run_script
 from parts.meter import read_metrics
 from parts.objectives import cross_entropy_of_head
@@ -61,8 +62,8 @@ class GPTConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"GPTConfig: {name} is {getattr(self, name)}; it must be at least 1")
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"GPTConfig: {name} is {str(getattr(self, name))[:50]}; it must be a whole number, at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"GPTConfig: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; change one of them")
         if not 0 <= self.dropout < 1:
@@ -470,12 +471,19 @@ def load_model(path, device) -> tuple[GPT, Tokenizer, dict]:
     folder = newest_checkpoint(path)
     tensors, state = load_checkpoint(folder)
     try:
+        config = GPTConfig(**state["model_config"])
+        shape_of(tensors, asdict(config))  # before a model is built, of whatever size the configuration claims
+        if len(tensors) != 12 * config.n_layer + (4 if config.tied else 5):
+            raise ValueError(f"{len(tensors)} tensors are too many or too few")
         with torch.device("meta"):
-            model = GPT(GPTConfig(**state["model_config"]))
+            model = GPT(config)
         model.load_state_dict(tensors, assign=True)
-    except (KeyError, TypeError, RuntimeError) as e:
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise ValueError(f"{folder}: the weights are not those of a GPT of this project ({error_line(e)[:200]})") from e
-    return model.to(device).eval(), Tokenizer.load(folder / "tokenizer.json"), state
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{folder}: its tokenizer has {tokenizer.vocab_size:,} ids, the model a vocabulary of {config.vocab_size:,}")
+    return model.to(device).eval(), tokenizer, state
 
 
 @dataclass

@@ -25,8 +25,9 @@ import contextlib
 import hashlib
 import json
 import os
+import reprlib
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -133,9 +134,10 @@ def open_weights(source: str, n_head: int | None = None) -> Weights:
         tensors, state = load_checkpoint(folder)
         try:
             config = GPTConfig(**state["model_config"])
-        except (KeyError, TypeError) as e:
-            raise ValueError(f"{folder}: holds no GPT of this project ({error_line(e)})") from e
-        named = {name: formats.Stored(tuple(t.shape), lambda _, t=t: t.detach()) for name, t in tensors.items()}
+            formats.shape_of(tensors, asdict(config))
+        except (KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"{folder}: holds no GPT of this project ({error_line(e)[:300]})") from e
+        named = {name: formats.Stored(tuple(t.shape), lambda _, t=t: t.detach(), str(t.dtype)) for name, t in tensors.items()}
         return _fitting(Weights(config, named, folder, {"checkpoint": str(folder), **state}), folder)
     settings, folder = {}, path if path.is_dir() else path.parent
     if path.is_dir() and (prefix := find_prefix(path)):
@@ -154,29 +156,34 @@ def open_weights(source: str, n_head: int | None = None) -> Weights:
     else:
         (tensors, settings), kind = formats.read_torch(path), "torch file"
     _same_arithmetic(settings, path)
-    named = formats.our_names(tensors)
-    shape = formats.shape_of(named)
-    H = settings.get("n_head") or n_head or {(L, C): H for L, H, C in SIZES.values()}.get((shape["n_layer"], shape["n_embd"]))
-    if not isinstance(H, int) or H < 1:
-        what = f"{shape['n_layer']} blocks of width {shape['n_embd']} may have any number of attention heads"
-        raise ValueError(f"{path}: {what}; say how many by --n_head")
+    try:
+        named = formats.our_names(tensors)
+        shape = formats.shape_of(named, settings)
+        H = settings.get("n_head") or n_head or {(L, C): H for L, H, C in SIZES.values()}.get((shape["n_layer"], shape["n_embd"]))
+        if not isinstance(H, int):
+            what = f"{shape['n_layer']} blocks of width {shape['n_embd']} may have any number of attention heads"
+            raise ValueError(f"{what}, and n_head is {reprlib.repr(H)}; say how many by --n_head")
+        config = GPTConfig(**shape, n_head=H)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
     head = named.get("lm_head.weight")
     if head and head.shape == named["wte.weight"].shape and torch.equal(head.read(), named["wte.weight"].read()):
-        shape["tied"] = True
-    if shape["tied"]:
+        config.tied = True
+    if config.tied:
         named.pop("lm_head.weight", None)
     if settings.get("bias") is False:  # nanoGPT's option: a bias of zeros is the same model
         for name in [n for n in named if n.endswith(".weight") and n.startswith(("h.", "ln_f"))]:
-            n = named[name].shape[0]
-            named.setdefault(name.replace(".weight", ".bias"), formats.Stored((n,), lambda _, n=n: torch.zeros(n)))
+            n = named[name].shape[:1]
+            named.setdefault(name.replace(".weight", ".bias"), formats.Stored(n, lambda _, n=n: torch.zeros(n)))
     tokenizer_at = next((folder / n for n in ("tokenizer.json", "vocab.bpe", "merges.txt") if (folder / n).exists()), None)
-    return _fitting(Weights(GPTConfig(**shape, n_head=H), named, tokenizer_at, {"kind": kind, "source": source}), path)
+    return _fitting(Weights(config, named, tokenizer_at, {"kind": kind, "source": source}), path)
 
 
 def _same_arithmetic(settings: dict, path) -> None:
     """Refuse a configuration that computes something else from the same tensors."""
     if settings.get("model_type", "gpt2") != "gpt2":
-        raise ValueError(f"{path}: a model of type {settings['model_type']!r}; this GPT is GPT-2's, other families are for the recipes")
+        kind = reprlib.repr(settings["model_type"])
+        raise ValueError(f"{path}: a model of type {kind}; this GPT is GPT-2's, other families are for the recipes")
     for name, same in {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
         "layer_norm_epsilon": (1e-5,),
@@ -185,12 +192,14 @@ def _same_arithmetic(settings: dict, path) -> None:
         "add_cross_attention": (False,),
     }.items():
         if settings.get(name, same[0]) not in same:
-            raise ValueError(f"{path}: {name} is {settings[name]!r}, this GPT has {same[0]!r}; its output would differ")
+            raise ValueError(f"{path}: {name} is {reprlib.repr(settings[name])}, this GPT has {same[0]!r}; its output would differ")
 
 
 def _fitting(weights: Weights, where) -> Weights:
-    with torch.device("meta"):
-        expected = {name: tuple(t.shape) for name, t in GPT(weights.config).state_dict().items()}
+    with torch.device("meta"):  # all blocks are alike, and ten thousand would be built for minutes
+        expected = {name: tuple(t.shape) for name, t in GPT(replace(weights.config, n_layer=1)).state_dict().items()}
+    block = {name.removeprefix("h.0."): expected.pop(name) for name in list(expected) if name.startswith("h.0.")}
+    expected |= {f"h.{i}.{name}": shape for i in range(weights.config.n_layer) for name, shape in block.items()}
     if wrong := formats.differences(weights.tensors, expected):
         raise ValueError(f"{where}: does not fit a GPT-2 of its size: {'; '.join(wrong)}")
     return weights
@@ -463,7 +472,8 @@ def verify(config: VerifyConfig) -> None:
     weights = open_weights(config.path, config.n_head)
     tensors = {name: t.read() for name, t in weights.tensors.items()}
     if wrong := [name for name, t in tensors.items() if not torch.isfinite(t).all()]:
-        raise ValueError(f"{config.path}: {', '.join(wrong)}: not all values are finite; the training diverged, use an earlier checkpoint")
+        names = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        raise ValueError(f"{config.path}: {names}: not all values are finite; the training diverged, use an earlier checkpoint")
     n_numbers = sum(t.numel() for t in tensors.values())
     where, step = weights.facts.get("checkpoint", config.path), weights.facts.get("step")
     hashed = "whole" if "checkpoint" in weights.facts else "shapes and values are right (there are no hashes to compare)"

@@ -158,19 +158,32 @@ TURNED = re.compile(r"h\.\d+\.(attn|mlp)\.c_(attn|proj|fc)\.weight")
 
 
 def our_names(tensors: dict[str, Stored]) -> dict[str, Stored]:
-    """The same tensors under this project's names, linear weights as (out, in); unknown names stay as they are."""
-    named = {re.sub(r"^((module|model|transformer)\.)+", "", name.replace("_orig_mod.", "")): t for name, t in tensors.items()}
+    """The same tensors under this project's names, linear weights as (out, in); others stay. Raises ValueError for two of one name."""
+    named = _renamed(tensors, lambda name: re.sub(r"^((module|model|transformer)\.)+", "", name.replace("_orig_mod.", "")))
     named = {name: t for name, t in named.items() if not MASKS.fullmatch(name)}
     if any("/wte" in name for name in tensors):
-        named = {_openai(name): t for name, t in named.items()}
+        named = _renamed(named, _openai)
     elif any(name.startswith("trf_blocks.") for name in named):
-        for old, new in SCRATCH.items():
-            named = {re.sub(f"^{old}$", new, name): t for name, t in named.items()}
-        named = _joined({name.replace(".scale", ".weight").replace(".shift", ".bias"): t for name, t in named.items()})
+        named = _joined(_renamed(named, _scratch))
     first = named.get("h.0.mlp.c_fc.weight")
     if first and len(first.shape) >= 2 and first.shape[-1] == 4 * first.shape[-2]:
-        named = {name: t.turn() if TURNED.fullmatch(name) and len(t.shape) >= 2 else t for name, t in named.items()}
+        named = {name: t.turn() if TURNED.fullmatch(name) and t.shape[:-2] in ((), (1,)) else t for name, t in named.items()}
     return named
+
+
+def _renamed(tensors: dict[str, Stored], rename) -> dict[str, Stored]:
+    named = {}
+    for old, t in tensors.items():
+        if (name := rename(old)) in named:  # one of them would be left out without a word
+            raise ValueError(f"two of its tensors are the same one, {name[:100]}; keep one of them")
+        named[name] = t
+    return named
+
+
+def _scratch(name: str) -> str:
+    for old, new in SCRATCH.items():
+        name = re.sub(f"^{old}$", new, name)
+    return name.replace(".scale", ".weight").replace(".shift", ".bias")
 
 
 def _openai(name: str) -> str:
@@ -186,33 +199,60 @@ def _joined(named: dict[str, Stored]) -> dict[str, Stored]:
     for i in sorted({name.split(".")[1] for name in named if re.search(r"\.attn\.query\.weight$", name)}):
         for kind in ("weight", "bias"):
             parts = [named.get(f"h.{i}.attn.{letter}.{kind}") for letter in ("query", "key", "value")]
-            if all(parts):
-                shape = (sum(p.shape[0] for p in parts), *parts[0].shape[1:])
-                joined[f"h.{i}.attn.c_attn.{kind}"] = Stored(shape, lambda _, parts=parts: torch.cat([p.read() for p in parts]))
-            elif kind == "bias" and not any(parts):
-                n = 3 * named[f"h.{i}.attn.query.weight"].shape[0]
+            C = named[f"h.{i}.attn.query.weight"].shape[:1]
+            if all(parts) and len({(p.shape, p.dtype) for p in parts}) == 1 and parts[0].shape:
+                shape = (3 * parts[0].shape[0], *parts[0].shape[1:])
+                joined[f"h.{i}.attn.c_attn.{kind}"] = Stored(shape, partial(_one_below_the_other, parts), parts[0].dtype)
+            elif kind == "bias" and not any(parts) and C:
+                n = 3 * C[0]
                 joined[f"h.{i}.attn.c_attn.bias"] = Stored((n,), lambda _, n=n: torch.zeros(n))
     return joined
 
 
-def shape_of(named: dict[str, Stored]) -> dict:
-    """{"vocab_size", "block_size", "n_layer", "n_embd", "tied"} of tensors under our names. Raises ValueError where it is no GPT-2."""
+def _one_below_the_other(parts: list[Stored], _) -> torch.Tensor:
+    return torch.cat([part.read() for part in parts])
+
+
+FLOATS = {"F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}
+STATED = {"n_vocab": "vocab_size", "n_positions": "block_size"}  # OpenAI's and Hugging Face's names -> here
+
+
+def shape_of(named: dict, stated: dict) -> dict:
+    """
+    {"vocab_size", "block_size", "n_layer", "n_embd", "tied"} of tensors (or Stored) under our names.
+
+    stated: what a configuration beside them says, perhaps by other names. Raises ValueError where it is no GPT-2, or where
+    the two differ: a configuration may claim any size, and a model is built only as large as tensors that are there.
+    """
     V, T = named.get("wte.weight"), named.get("wpe.weight")
     layers = {int(m[1]) for name in named if (m := re.match(r"h\.(\d{1,4})\.", name))}
     if V is None or T is None or not layers or len(V.shape) != 2 or len(T.shape) != 2:
-        names = ", ".join(sorted(named)[:3])
+        names = ", ".join(name[:50] for name in sorted(named)[:3])
         raise ValueError(f"these are not the weights of a GPT-2 ({len(named)} tensors: {names}, ...); other families are for the recipes")
-    sizes = {"vocab_size": V.shape[0], "block_size": T.shape[0], "n_layer": 1 + max(layers), "n_embd": V.shape[1]}
-    return {**sizes, "tied": "lm_head.weight" not in named}
+    if missing := sorted(set(range(max(layers))) - layers):
+        raise ValueError(f"there is a block {max(layers)}, but no block {missing[0]}; a part of the weights is missing")
+    if odd := [name for name, t in named.items() if str(t.dtype) not in FLOATS]:
+        raise ValueError(f"{odd[0][:100]} holds {named[odd[0]].dtype}; weights are F64, F32, F16 or BF16, save them as one of these")
+    found = {"vocab_size": V.shape[0], "block_size": T.shape[0], "n_layer": len(layers), "n_embd": V.shape[1]}
+    found["tied"] = "lm_head.weight" not in named
+    for name, value in stated.items():
+        there = found.get(STATED.get(name, name), value)
+        if value is not None and there != value:
+            what = f"{name} is said to be {reprlib.repr(value)}, but the tensors have {there}"
+            raise ValueError(f"{what}; configuration and weights are of two models")
+    return found
+
+
+MOST_TOLD = 6
 
 
 def differences(named: dict[str, Stored], expected: dict[str, tuple]) -> list[str]:
-    """Every tensor that is missing, too many or of another shape, a phrase each."""
+    """The tensors that are missing, too many or of another shape, a phrase each; of many the first ones and their number."""
     found = [f"{name} is missing" for name in expected if name not in named]
-    found += [f"{name} is not part of this model" for name in named if name not in expected]
+    found += [f"{name[:100]} is not part of this model" for name in named if name not in expected]
     found += [
         f"{name} is {list(named[name].shape)} instead of {list(shape)}"
         for name, shape in expected.items()
         if name in named and tuple(named[name].shape) != tuple(shape)
     ]
-    return found
+    return found[:MOST_TOLD] + ([f"and {len(found) - MOST_TOLD} more"] if len(found) > MOST_TOLD else [])
