@@ -25,6 +25,7 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
+import regex  # tiktoken's own engine in Python, which it needs, too
 import tiktoken
 
 EOT = "<|endoftext|>"
@@ -161,8 +162,8 @@ class Tokenizer:
             return _gpt2_of_merges(path)
         try:
             return cls._from_json(json.loads(path.read_bytes()))
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            what = e if type(e) is ValueError else f"it is not a Hugging Face tokenizer.json ({e!r})"
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, regex.error) as e:
+            what = e if type(e) is ValueError else f"it is not a Hugging Face tokenizer.json ({repr(e)[:200]})"
             raise ValueError(f"{path}: cannot be used as a tokenizer: {what}; give a byte-level BPE tokenizer.json") from e
 
     @classmethod
@@ -178,9 +179,13 @@ class Tokenizer:
         if own_pattern != bool(split) or (split and (split["type"], split["behavior"], split["invert"]) != ("Split", "Isolated", False)):
             raise ValueError("its pre-tokenizer is neither GPT-2's nor one pattern of its own")
         pattern = split["pattern"]["Regex"] if split else GPT2_PATTERN
+        if any(m.start() == m.end() for m in regex.finditer(pattern, "".join(map(chr, range(256))))):  # tiktoken crashes on such a piece
+            raise ValueError(f"its pattern {pattern[:50]!r} matches where there is no text")
         special = {t["content"]: t["id"] for t in spec["added_tokens"]}
         vocab = {token: i for token, i in model["vocab"].items() if token not in special}
         ranks = {_token_of(token): i for token, i in vocab.items()}
+        if {*ranks.values(), *special.values()} != set(range(len(ranks) + len(special))):  # tiktoken crashes, or cannot decode the gaps
+            raise ValueError("its ids are not 0, 1, 2, ... each once")
         if missing := 256 - sum(len(token) == 1 for token in ranks):
             raise ValueError(f"{missing} of the 256 bytes have no id in it")
         merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
