@@ -526,6 +526,13 @@ def show_samples(model, tokenizer, device, prompt: str, config: SampleConfig) ->
         print("-" * 80 + "\n" + prompt + text)
 
 
+def _utf8(path, flag: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{flag}: {path}: not UTF-8 text ({e.reason}); convert it") from e
+
+
 def ids_to_score(data: str, tokenizer: Tokenizer) -> list:
     """Streams of token ids (T,) of a folder of token shards (its validation part), a text file, or a folder of .txt files."""
     path = Path(data)
@@ -537,13 +544,11 @@ def ids_to_score(data: str, tokenizer: Tokenizer) -> list:
             raise ValueError(f"--eval: {path} was made with another tokenizer ({index['tokenizer']['name']}) than the checkpoint's")
         shards = Shards(path, "val", index)
         for i, tokens in enumerate(shards.tokens):
-            shards.check(i, 0, len(tokens))
+            shards.check(i, [0], len(tokens))
+        if not len(shards) or max(int(tokens.max(initial=0)) for tokens in shards.tokens) >= tokenizer.vocab_size:
+            raise ValueError(f"--eval: {path} has no tokens for validation, or ids that the checkpoint's tokenizer does not have")
         return shards.tokens
-    files = [path] if path.is_file() else sorted(path.rglob("*.txt"))
-    try:
-        documents = [file.read_text(encoding="utf-8-sig") for file in files]
-    except UnicodeDecodeError as e:
-        raise ValueError(f"--eval: {path}: not UTF-8 text ({e.reason}); give token shards or text") from e
+    documents = [_utf8(file, "--eval") for file in ([path] if path.is_file() else sorted(path.rglob("*.txt")))]
     if not any(documents):
         raise ValueError(f"--eval: {path} holds no text; give token shards, a text file, or a folder of .txt files")
     return [np.concatenate(([tokenizer.eot], tokenizer.encode_documents(documents)))]
@@ -573,8 +578,8 @@ def main(config: SampleConfig) -> None:
     for name in ("num_samples", "max_new_tokens", "batch_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name}: {getattr(config, name)} is out of range; give 1 or more")
-    if config.prompt and config.prompt_file:
-        raise ValueError("--prompt, --prompt_file: give one of them")
+    if sum(map(bool, (config.prompt, config.prompt_file, config.interactive))) > 1:
+        raise ValueError("--prompt, --prompt_file, --interactive: give one of them")
     device = pick_device(config.device)
     dtype, _ = choose_dtype(config.dtype, device)
     model, tokenizer, state = load_model(config.checkpoint, device)
@@ -582,12 +587,7 @@ def main(config: SampleConfig) -> None:
     print(f"step {state['step']}: {count_parameters(c):,} parameters, tokenizer {tokenizer.name}, context {c.block_size}, {device}")
     if config.eval:
         return score(model, tokenizer, device, config)
-    prompt = config.prompt
-    if config.prompt_file:
-        try:
-            prompt = Path(config.prompt_file).read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as e:
-            raise ValueError(f"--prompt_file: {config.prompt_file}: not UTF-8 text ({e.reason}); convert it") from e
+    prompt = _utf8(config.prompt_file, "--prompt_file") if config.prompt_file else config.prompt
     if not config.interactive:
         return show_samples(model, tokenizer, device, prompt, config)
     with contextlib.suppress(EOFError):  # Ctrl-D
