@@ -294,6 +294,8 @@ def export(config: ExportConfig) -> None:
         raise ValueError(
             f"--to: {target} is a {'folder' if target.is_dir() else 'file'}, {kind} writes a {'folder' if kind == 'hf' else 'file'}"
         )
+    if target.is_dir() and (others := {f.name for f in target.iterdir()} - EXPORTED):
+        raise ValueError(f"--to: {target} holds {min(others)}, too, which would be deleted; name another place")
     folder = newest_checkpoint(config.path)
     model, tokenizer, state = load_model(folder, torch.device("cpu"))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.dtype]
@@ -318,6 +320,7 @@ def _delete(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+EXPORTED = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
 LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) at Hugging Face, (out, in) here
 
 
