@@ -243,7 +243,7 @@ def shape_of(named: dict, stated: dict) -> dict:
     return found
 
 
-MOST_TOLD = 6
+MOST_TOLD = 200
 
 
 def differences(named: dict[str, Stored], expected: dict[str, tuple]) -> list[str]:
