@@ -3,9 +3,9 @@ The GPT that every script here trains, and the helpers around it: loss, evaluati
 
     python gpt_train.py --checkpoint runs/simple --prompt "It was a dark"      # sample from a trained run
     python gpt_train.py --checkpoint runs/simple --num_samples 3 --temperature 0.7 --top_k 50 --seed 1
-    python gpt_train.py --help
+    python gpt_train.py --checkpoint runs/simple --eval book.txt               # or score it; --help lists the rest
 
-Reads a run folder (its newest good checkpoint) or one checkpoint folder; prints samples and writes nothing.
+Reads a run folder (its newest good checkpoint) or one checkpoint folder; prints and writes nothing.
 Sampling 200 tokens from the default laptop model takes about a second on two CPU cores.
 
 The model is GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), weight for

@@ -265,7 +265,7 @@ def tokenizer_of(weights: Weights, spec: str | None) -> Tokenizer:
 
 def import_weights(config: ImportConfig) -> None:
     """Write a run folder with one checkpoint, of step 0."""
-    refuse_existing(Path(config.run_dir), "run_dir")
+    refuse_existing(config.run_dir)
     weights = open_weights(config.source, config.n_head)
     tokenizer = tokenizer_of(weights, config.tokenizer)
     tensors = {name: t.read().float() for name, t in weights.tensors.items()}
@@ -276,10 +276,10 @@ def import_weights(config: ImportConfig) -> None:
     print(f"python gpt_train.py --checkpoint {config.run_dir} --prompt 'Once'")
 
 
-def refuse_existing(path: Path, flag: str) -> None:
+def refuse_existing(run_dir: str) -> None:
     """Raises ValueError where a file or a folder with something in it is in the way."""
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise ValueError(f"--{flag}: {path} is there already; name another place, or move it away")
+    if os.path.isfile(run_dir) or (os.path.isdir(run_dir) and os.listdir(run_dir)):
+        raise ValueError(f"{run_dir}: is there already; name another run folder, or move it away")
 
 
 # ---------------------------------------------------------------------------------------------------------- out
@@ -291,9 +291,8 @@ def export(config: ExportConfig) -> None:
     if not config.force and os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"--to: {target} is there already; name another place, or add --force to write over it")
     if config.force and target.is_dir() != (kind == "hf") and target.exists():
-        raise ValueError(
-            f"--to: {target} is a {'folder' if target.is_dir() else 'file'}, {kind} writes a {'folder' if kind == 'hf' else 'file'}"
-        )
+        there, wanted = ("folder", "file") if target.is_dir() else ("file", "folder")
+        raise ValueError(f"--to: {target} is a {there}, {kind} writes a {wanted}; name another place")
     if target.is_dir() and (others := {f.name for f in target.iterdir()} - EXPORTED):
         raise ValueError(f"--to: {target} holds {min(others)}, too, which would be deleted; name another place")
     folder = newest_checkpoint(config.path)
@@ -526,7 +525,7 @@ def average(config: AverageConfig) -> None:
     """Write a run folder with the mean of the weights."""
     if len(config.paths) < 2:
         raise ValueError("average: give two or more checkpoints")
-    refuse_existing(Path(config.out), "out")
+    refuse_existing(config.out)
     folders = [newest_checkpoint(path) for path in config.paths]
     model, tokenizer, state = load_model(folders[0], torch.device("cpu"))
     total = {name: t.double() for name, t in model.state_dict().items()}

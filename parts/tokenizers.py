@@ -25,7 +25,7 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
-import regex  # tiktoken's own engine in Python, which it needs, too
+import regex  # tiktoken needs it, too
 import tiktoken
 
 EOT = "<|endoftext|>"

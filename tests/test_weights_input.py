@@ -322,8 +322,8 @@ def test_a_run_folder_that_is_there_is_left_alone(home, tmp_path):
     file.write_text("mine", encoding="utf-8")
     before = contents(tmp_path)
     for place in (taken, file):
-        assert f"--run_dir: {place} is there already" in refused(weights, "import", home / "hf", place)
-        assert f"--out: {place} is there already" in refused(weights, "average", home / "a", home / "b", "--out", place)
+        assert f"{place}: is there already" in refused(weights, "import", home / "hf", place)
+        assert f"{place}: is there already" in refused(weights, "average", home / "a", home / "b", "--out", place)
     for kind in ("hf", "gguf", "nanogpt"):
         for place in (taken, file):
             assert f"--to: {place} is there already" in refused(weights, "export", home / "a", "--to", kind, place)
