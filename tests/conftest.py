@@ -16,7 +16,7 @@ GPT2_CACHE = SHARED / "data/gpt2/tiktoken_cache"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--nightly", action="store_true", help="thirty faults of each kind instead of three")
+    parser.addoption("--nightly", action="store_true", help="thirty faults of each kind instead of two")
 
 
 def shared(path: str) -> Path:

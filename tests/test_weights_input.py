@@ -433,8 +433,6 @@ def test_a_difference_of_two_shapes_is_told_not_refused(home, tmp_path):
 def test_on_the_command_line_too(home, tmp_path):
     for told, *line in (
         ("--top_k: 258", "gpt_train.py", "--checkpoint", home / "a", "--top_k", "258", "--device", "cpu"),
-        ("missing.txt", "gpt_train.py", "--checkpoint", home / "a", "--prompt_file", "missing.txt"),
-        ("is there already", "wt_load.py", "export", home / "a", "--to", "hf", home / "hf"),
         ("another model", "wt_load.py", "average", home / "a", home / "wider", "--out", "out"),
     ):
         assert told in one_error_line(run(*line, cwd=tmp_path), 2)

@@ -1,7 +1,7 @@
 """
 The fault harness on the production trainer: killed at any instant it ends with the bits of the run left alone.
 
-    python -m pytest tests/faults                 # three of each kind
+    python -m pytest tests/faults                 # two of each kind
     python -m pytest tests/faults --nightly       # thirty of each kind on all
 
 The hash compared is that of weights, optimizer state, every logged loss and the samples (hash_run.py). The harness is not
@@ -61,7 +61,7 @@ def bench(request, tmp_path_factory):
 
 @pytest.fixture
 def n(request) -> int:
-    return 30 if request.config.getoption("--nightly") else 3
+    return 30 if request.config.getoption("--nightly") else 2
 
 
 # torchrun reports ranks that ended with a traceback of its own, whose last line is a ruler. That report is also all that is seen of
