@@ -559,9 +559,7 @@ def score(model, tokenizer, device, config: SampleConfig) -> None:
     T, what = model.config.block_size, config.eval.partition(":")
     options = {"block_size": T, "batch_size": config.batch_size, "device": device}
     if what[0] == "hellaswag":
-        path = Path(what[2] or "hellaswag_val.jsonl")
-        if not path.exists():
-            scoring.fetch_hellaswag(path)
+        path = scoring.fetch_hellaswag(what[2] or "hellaswag_val.jsonl")
         r = scoring.score_hellaswag(model, scoring.read_hellaswag(path), tokenizer.encode, tokenizer.eot, **options)
         print(f"{path}: accuracy {r['accuracy']:.4f}, length-normalised {r['accuracy_norm']:.4f} ({r['items']:,} items)")
         return

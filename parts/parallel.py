@@ -118,7 +118,7 @@ class Parallel:
             yield from tensors.items()
             return
         for name in self.share(list(tensors) if self.rank == 0 else None):
-            yield name, self._broadcast(tensors[name].contiguous() if self.rank == 0 else None)
+            yield name, self._broadcast(tensors[name] if self.rank == 0 else None)
 
     def _broadcast(self, tensor):
         """Rank 0's tensor (on the CPU), on all ranks."""
@@ -129,7 +129,7 @@ class Parallel:
             code[: 2 + tensor.ndim] = torch.tensor([DTYPES.index(tensor.dtype), tensor.ndim, *tensor.shape])
         dist.broadcast(code, 0)
         kind, n_dims, *shape = code.tolist()
-        tensor = tensor if self.rank == 0 else torch.empty(shape[:n_dims], dtype=DTYPES[kind])
+        tensor = tensor.contiguous() if self.rank == 0 else torch.empty(shape[:n_dims], dtype=DTYPES[kind])
         dist.broadcast(tensor, 0)
         return tensor
 
