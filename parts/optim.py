@@ -58,6 +58,10 @@ class AdamW:
     def __init__(self, groups: list[dict], fused: bool):
         self.param_groups = [{"lr": 0.0, "fused": fused, **group} for group in groups]
         self.state = defaultdict(dict)
+        # before the first step, or they come to lie in the room of its logits, and those of the second find it taken
+        for p in (p for group in groups for p in group["params"]):
+            step = torch.zeros((), device=p.device if fused else "cpu")
+            self.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
     @torch.no_grad()
     def step(self, grad_scale: float) -> None:
@@ -67,10 +71,6 @@ class AdamW:
             grads, fused = [_local(p.grad) for p in params], group["fused"]
             if not fused:
                 torch._foreach_div_(grads, grad_scale)
-            for p in params:
-                if not self.state[p]:
-                    step = torch.zeros((), device=p.device if fused else "cpu")
-                    self.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             entries = [[_local(self.state[p][name]) for p in params] for name in ("exp_avg", "exp_avg_sq", "step")]
             options = {"lr": group["lr"], "weight_decay": group["weight_decay"], "beta1": BETAS[0], "beta2": BETAS[1], "eps": 1e-8}
             scale = torch.tensor(grad_scale) if fused and grad_scale != 1 else None
@@ -207,13 +207,19 @@ def _galore(kind: str, device):
 def predicted_state_bytes(model, blocks, kind: str, galore_rank: int = 128) -> int:
     """Bytes of fp32 optimizer state that a kind needs for a model: two moments for AdamW, less for the others."""
     in_blocks = {id(p) for m in model.modules() if isinstance(m, tuple(blocks)) for p in m.parameters() if p.ndim == 2}
-    total = 0
-    for p in model.parameters():
-        if kind == "adamw" or id(p) not in in_blocks:
-            total += 2 * p.numel()
+    matrices = [tuple(p.shape) for p in model.parameters() if id(p) in in_blocks]
+    return state_bytes_of(matrices, sum(p.numel() for p in model.parameters() if id(p) not in in_blocks), kind, galore_rank)
+
+
+def state_bytes_of(matrices: list[tuple], n_others: int, kind: str, galore_rank: int = 128) -> int:
+    """The same of the shapes of the matrices in the blocks, and the number of all other parameters."""
+    total = 2 * n_others
+    for rows, columns in matrices:
+        if kind == "adamw":
+            total += 2 * rows * columns
         elif kind == "muon":
-            total += p.numel()
+            total += rows * columns
         else:  # two moments of (long side, rank), and the projection (rank, short side)
-            rank = min(galore_rank, *p.shape)
-            total += 2 * rank * max(p.shape) + rank * min(p.shape)
+            rank = min(galore_rank, rows, columns)
+            total += 2 * rank * max(rows, columns) + rank * min(rows, columns)
     return 4 * total
