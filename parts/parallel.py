@@ -167,7 +167,7 @@ class Parallel:
         else:
             model.to(self.device)
         if self.device.type == "cpu":
-            keep_freed_memory()
+            keep_freed_memory(not activation_checkpointing)  # which asks for less memory, not for speed
         optimizer = make_optimizer(model)
         if self.kind != "ddp":
             return model, optimizer
@@ -311,15 +311,17 @@ def why_no_compiler(device) -> str | None:
         return " ".join(str(e).split())[:150] or type(e).__name__
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(keep: bool = True) -> None:
     """
     Let glibc keep what a step frees for the next one. It gives large blocks back to Linux, which has to fill every page of
     them with zeros when the next step asks for them: a fifth of a step. The price: no other program gets that memory until the
-    run ends. Source: mallopt(3).
+    run ends, and holes between what is kept. keep=False is the opposite: every block from 1 MB up is given back at once.
+    Source: mallopt(3).
     """
+    M_ARENA_MAX, M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -8, -4, -3, -1
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD = -8, -4, -1
-        for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):  # one heap, all blocks in it, kept
+        one_heap = ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1))  # all blocks in it, kept
+        for option, value in one_heap if keep else ((M_MMAP_THRESHOLD, 2**20),):
             libc.mallopt(option, value)
 
 
