@@ -23,7 +23,8 @@ if __name__ == "__main__":  # before torch is imported, so that Ctrl-C in those 
 import codecs
 import contextlib
 import math
-from dataclasses import asdict, dataclass
+import sys
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -32,18 +33,21 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from parts import scoring
+from parts import plan, scoring
 from parts.checkpoint import load_checkpoint, newest_checkpoint, write_file
 from parts.config import parse
 from parts.formats import shape_of
 from parts.launch import error_line, run_script
 from parts.meter import read_metrics
-from parts.objectives import cross_entropy_of_head
+from parts.objectives import cross_entropy_of_head, head_bytes
+from parts.optim import state_bytes_of
 from parts.parallel import choose_dtype, pick_device
+from parts.plan import Setting, count_parameters, flops_per_token  # noqa: F401  others look for them here
 from parts.plots import draw_losses
 from parts.products import Linear, product
 from parts.shards import Shards, read_index
 from parts.tokenizers import Tokenizer
+from parts.writer import free_memory
 
 # ---------------------------------------------------------------------------------------------------- the model
 
@@ -240,23 +244,49 @@ class GPT(nn.Module):
         return cross_entropy_of_head(x.flatten(0, 1), head, targets.flatten())
 
 
-def count_parameters(config: GPTConfig) -> int:
-    """Trainable numbers in a GPT of this shape, tied ones once, without building it."""
-    C = config.n_embd
-    block = 12 * C * C + 13 * C  # attention 4 C^2 + 4 C, MLP 8 C^2 + 5 C, two norms 4 C
-    return (config.vocab_size * (1 if config.tied else 2) + config.block_size) * C + config.n_layer * block + 2 * C
+def memory_of(config: GPTConfig, setting: Setting, galore_rank: int = 128) -> dict[str, int]:
+    """Bytes that training a GPT of this shape takes, by part, with the "peak" among them; nothing is built. See parts/plan.py."""
+    C, L, s = config.n_embd, config.n_layer, setting
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[s.dtype]
+    matrices = [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)] * L
+    state = state_bytes_of(matrices, count_parameters(config) - 12 * L * C * C, s.optimizer, galore_rank)
+    logits = head_bytes(s.batch_size * config.block_size, C, config.vocab_size, dtype, s.device)
+    in_products = attends_in_products(torch.device(s.device), dtype, config.block_size, config.dropout)
+    return plan.memory(config, replace(s, attends_in_products=in_products), state, logits)
 
 
-def flops_per_token(config: GPTConfig) -> int:
-    """
-    Floating-point operations to train on one token at full context, forward and backward.
+def plan_lines(config: GPTConfig, setting: Setting, memory_gb: float | None = None, galore_rank: int = 128) -> tuple[list[str], bool]:
+    """Lines about parameters and memory, and whether it fits: into this device, or one of `memory_gb` (10^9 bytes)."""
+    limit, where = (memory_gb * 1e9, "--plan_memory_gb") if memory_gb else free_memory(setting.device)
+    parts = memory_of(config, setting, galore_rank)
+    fits = parts["peak"] <= limit
+    ways = [] if fits else plan.ways_to_fit(setting, limit, lambda other: memory_of(config, other, galore_rank)["peak"])
+    return plan.memory_lines(config, parts, limit, where, ways), fits
 
-    6 per weight of a matrix product (the head is one, looking up embeddings is none) and 12 L C T for
-    attention scores and values. Source: Chowdhery et al. 2022 (PaLM), appendix B.
-    """
-    c = config
-    n_weights = count_parameters(c) - (c.block_size + (0 if c.tied else c.vocab_size)) * c.n_embd
-    return 6 * n_weights + 12 * c.n_layer * c.n_embd * c.block_size
+
+def show_plan(config: GPTConfig, batch_size: int, device, max_steps: int, memory_gb: float | None) -> int:
+    """Print what training in fp32 with AdamW would take, its time from a few steps on random tokens; returns the exit code, 0."""
+    setting = Setting(batch_size, device="cuda" if memory_gb else device.type)
+    lines, fits = plan_lines(config, setting, memory_gb)
+    print(*lines, f"disk: {plan.gb(4 * count_parameters(config))} a checkpoint", sep="\n", flush=True)
+    if memory_gb or not fits:
+        return 0
+    model, ids = GPT(config).to(device), torch.randint(config.vocab_size, (batch_size, config.block_size))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=device.type != "mps")
+
+    def step() -> None:
+        loss = calc_loss_batch(ids, ids, model, device)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()  # waits for a GPU
+
+    seconds = plan.seconds_of(step)
+    known = f"; {max_steps:,} steps in {plan.duration(max_steps * seconds)}" if max_steps < sys.maxsize else ""
+    print(
+        f"time: {plan.duration(seconds)} a step (measured), {ids.numel() / seconds:,.0f} tokens/s{known}, besides evaluations and samples"
+    )
+    return 0
 
 
 # --------------------------------------------------------------------------------------------- loss, evaluation

@@ -448,9 +448,9 @@ def _refuse_other_settings(config: SmollmConfig, tokenizer_key: str) -> None:
             raise ValueError(f"{what}; leave the flag out, or name the text instead of the shards")
 
 
-def prepare_tokens(config: SmollmConfig) -> Path:
+def prepare_tokens(config: SmollmConfig, build: bool = True) -> Path:
     """
-    The folder of token shards that belongs to these settings, built if it is not there; returns its path.
+    The folder of token shards that belongs to these settings, built if it is not there and `build` says so; returns its path.
 
     Its name holds a fingerprint of everything that determines the content, so that no two settings share a folder.
     A folder of ready-made shards is its own result. Raises ValueError for bad settings or data, OSError where it
@@ -476,7 +476,7 @@ def prepare_tokens(config: SmollmConfig) -> Path:
     if config.num_shards > 1:
         target = target.with_name(f"{target.name}-part-{config.shard_index}-of-{config.num_shards}")
         facts |= {"num_shards": config.num_shards, "shard_index": config.shard_index}
-    if target.exists():
+    if target.exists() or not build:
         return target
     tokenizer = _tokenizer_of(spec, config)
     work = (config.num_shards, config.shard_index)

@@ -37,7 +37,7 @@ from typing import Literal
 
 import torch
 
-from gpt_train import GPT, Block, GPTConfig, attends_in_products, continuations, flops_per_token, pick_device, plot_run
+from gpt_train import GPT, Block, GPTConfig, Setting, attends_in_products, continuations, flops_per_token, pick_device, plan_lines, plot_run
 from parts import checkpoint
 from parts.bar import tqdm
 from parts.batches import Prefetch, TrainBatches, cut, stir, val_batches
@@ -47,9 +47,10 @@ from parts.launch import StopRequest, error_line, launch_facts, run_script
 from parts.meter import Journal, Speed, memory_gib, peak_flops
 from parts.optim import Optimizer, learning_rate, predicted_state_bytes, slice_like
 from parts.parallel import Parallel, attention_kernel, choose_dtype, out_of_memory, why_no_compiler
+from parts.plan import duration, gb, seconds_of
 from parts.resume import DATA, must_agree, resolve_length
 from parts.shards import Shards, content_hash, read_index
-from parts.tokenizers import Tokenizer, gpt2_tokenizer
+from parts.tokenizers import Tokenizer, gpt2_tokenizer, vocabulary_of
 from parts.writer import Writer, enough_memory
 from prep_dataset import SmollmConfig, prepare_tokens
 
@@ -117,6 +118,9 @@ class TrainConfig:
     activation_checkpointing: bool = False  # recompute the blocks in the backward pass: less memory, a third more time
     cpu_offload: bool = False  # under fsdp on GPUs: weights and optimizer state lie in the CPU's memory; slower, for models that fit no GPU
     deterministic: bool = False  # same bits in every run on a GPU too, at some cost; on a CPU they are anyway
+    # before the first step
+    plan: bool = False  # print parameters, memory, disk and time of this run, and end; nothing is started or written
+    plan_memory_gb: float | None = None  # plan for a GPU with so many GB (10^9 bytes), not for this device
     # telling
     run_name: str = "advanced"  # name of the run
     output_dir: str | None = None  # run folder; None: runs/RUN_NAME
@@ -173,8 +177,7 @@ def gpt_job(config: TrainConfig, building) -> Job:
     Raises ValueError or FileNotFoundError for data or sizes that cannot be used.
     """
     GPTConfig.of_size(config.model_size)  # a wrong size is told before hours of tokenising
-    settings = {name: getattr(config, name) for name in (*DATA, "cache_dir", "streaming")}
-    folder = prepare_tokens(SmollmConfig(**settings))
+    folder = prepare_tokens(SmollmConfig(**tokens_asked_for(config)))
     index = read_index(folder)
     tokenizer = Tokenizer.load(folder / "tokenizer.json") if index["tokenizer"] else _tokenizer_of_published(config)
     train, val = Shards(folder, "train", index), Shards(folder, "val", index)
@@ -183,15 +186,13 @@ def gpt_job(config: TrainConfig, building) -> Job:
             f"{folder}: no document fell into the validation part; raise --val_share {config.val_share:g}, or give more documents"
         )
     T, V = config.context_length, tokenizer.vocab_size
-    shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd") if getattr(config, name)}
-    begun = initial_weights(config, tokenizer, shape) if config.init_from else None
-    sizes = {"vocab_size": V, "block_size": T, "dropout": config.dropout, **shape}
-    model_config = GPTConfig(**begun[0]) if begun else GPTConfig.of_size(config.model_size, **sizes)
+    model_config = model_shape(config, V)
+    weights = initial_weights(config, tokenizer) if config.init_from else None
     torch.manual_seed(config.seed)
     with building:  # nothing else: what reads the text makes tensors, too
         model = GPT(model_config)
-    if begun and not model.wte.weight.is_meta:
-        model.load_state_dict(begun[1])
+    if weights and not model.wte.weight.is_meta:
+        model.load_state_dict(weights)
 
     def sample(model, device, should_stop) -> str:
         options = {"temperature": 0.8, "top_k": 50, "seed": 0, "should_stop": should_stop}
@@ -201,7 +202,7 @@ def gpt_job(config: TrainConfig, building) -> Job:
         model=model,
         train_batches=TrainBatches(train, T, config.seed, V),
         val_batches=lambda: val_batches(val, T, config.batch_size, V, config.eval_tokens),
-        loss_fn=lambda model, batch: model(batch["inputs"], batch["targets"]),
+        loss_fn=gpt_loss,
         blocks=(Block,),
         flops_per_token=flops_per_token(model_config),
         facts={"model_config": asdict(model_config), "data": content_hash(index), "tokenizer": tokenizer.fingerprint},
@@ -211,18 +212,38 @@ def gpt_job(config: TrainConfig, building) -> Job:
     )
 
 
-def initial_weights(config: TrainConfig, tokenizer: Tokenizer, shape: dict) -> tuple[dict, dict]:
-    """(the model's configuration, its weights) of --init_from. Raises ValueError where another model or tokenizer was asked for."""
+def tokens_asked_for(config: TrainConfig) -> dict:
+    """The settings that decide which token shards a run reads."""
+    return {name: getattr(config, name) for name in (*DATA, "cache_dir", "streaming")}
+
+
+def gpt_loss(model, batch) -> torch.Tensor:
+    """fp32 sum of the cross-entropy over the targets that are not -100."""
+    return model(batch["inputs"], batch["targets"])
+
+
+def model_shape(config: TrainConfig, vocab_size: int) -> GPTConfig:
+    """The GPT that the flags ask for, or that of --init_from. Raises ValueError where they are two."""
+    shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd") if getattr(config, name)}
+    if not config.init_from:
+        sizes = {"vocab_size": vocab_size, "block_size": config.context_length, "dropout": config.dropout, **shape}
+        return GPTConfig.of_size(config.model_size, **sizes)
     folder = checkpoint.newest_checkpoint(config.init_from)
-    weights, state = checkpoint.load_checkpoint(folder)
-    there = state.get("model_config", {}) | {"dropout": config.dropout}
+    there = checkpoint.read_state(folder).get("model_config", {}) | {"dropout": config.dropout}
     if wrong := [f"--{name} {value}" for name, value in shape.items() if value != there.get(name)]:
         raise ValueError(f"--init_from: {folder} has another shape than {' '.join(wrong)}; leave these flags out")
     if config.context_length > there.get("block_size", 0):
         raise ValueError(f"--context_length: {config.context_length} is more than the {there.get('block_size')} of {folder}; give less")
+    return GPTConfig(**there)
+
+
+def initial_weights(config: TrainConfig, tokenizer: Tokenizer) -> dict:
+    """The weights of --init_from. Raises ValueError where they belong to another tokenizer."""
+    folder = checkpoint.newest_checkpoint(config.init_from)
+    weights, state = checkpoint.load_checkpoint(folder)
     if state.get("tokenizer") != tokenizer.fingerprint:
         raise ValueError(f"--init_from: {folder} was trained with another tokenizer; give its tokenizer.json as --tokenizer")
-    return there, weights
+    return weights
 
 
 def _tokenizer_of_published(config: TrainConfig) -> Tokenizer:
@@ -309,6 +330,8 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
                 say(f"--compile is off: no compiler works here ({why})", parallel)
                 config.compile = False
 
+        tell_what_runs(job, config, parallel, rows_per_step, accum, state.get("step", 0))
+
         def make_optimizer(model):
             galore = (config.galore_rank, config.galore_update_gap, config.galore_scale)
             return Optimizer(model, job.blocks, config.optimizer, config.weight_decay, parallel.device, *galore)
@@ -323,7 +346,6 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
         fresh = {"step": 0, "tokens": 0, "data_cursor": job.train_batches.state_dict(), "best": None, "split": 1}
         state = {name: state.get(name, value) for name, value in fresh.items()} | {"rows_per_step": rows_per_step}
         step = state["step"]
-        tell_what_runs(job, config, parallel, rows_per_step, accum)
 
         journal = sampled = None
         if master:
@@ -630,8 +652,8 @@ def share_out(config: TrainConfig, state: dict, job: Job, parallel: Parallel) ->
 
 
 def checkpoint_bytes(job: Job, config: TrainConfig) -> int:
-    """Bytes of weights and optimizer state."""
-    weights = sum(p.nbytes for p in job.model.state_dict().values())
+    """Bytes of weights, optimizer state and the files beside them."""
+    weights = sum(p.nbytes for p in job.model.state_dict().values()) + sum(map(len, job.files.values()))
     return weights + predicted_state_bytes(job.model, job.blocks, config.optimizer, config.galore_rank)
 
 
@@ -651,22 +673,71 @@ def start_run(run_dir: Path, job: Job, config: TrainConfig, parallel: Parallel) 
     return wandb_id
 
 
-def tell_what_runs(job: Job, config: TrainConfig, parallel: Parallel, rows_per_step: int, accum: int) -> None:
-    """A few lines about what was chosen, and why."""
-    c, batches = job.facts["model_config"], job.train_batches
-    n = sum(p.numel() for p in job.model.parameters())
-    rows = f"{rows_per_step} x {config.context_length} tokens, {accum} micro-batches of {config.batch_size} rows on each process"
-    say(f"{n:,} parameters, {config.max_steps:,} steps of {rows}; {batches.n_windows:,} windows in an epoch", parallel)
+def setting_of(config: TrainConfig, parallel: Parallel, accum: int) -> Setting:
+    """What decides about the memory of this run's steps."""
+    device = "cuda" if config.plan_memory_gb and config.device == "auto" else parallel.device.type
+    same = {name: getattr(config, name) for name in ("batch_size", "dtype", "optimizer", "activation_checkpointing")}
+    copy = parallel.rank == 0
+    return Setting(**same, grad_accum_steps=accum, device=device, parallel=parallel.kind, world=parallel.world, keeps_copy=copy)
+
+
+def tell_what_runs(job: Job, config: TrainConfig, parallel: Parallel, rows_per_step: int, accum: int, step: int) -> bool:
+    """A few lines about what was chosen, what it takes and what is still to do; returns whether the memory suffices."""
+    c, T, fits = job.facts["model_config"], config.context_length, True
+    one = checkpoint_bytes(job, config)
+    lines = [f"disk: {gb(one)} a checkpoint, {gb(one * (config.keep_last + 2))} for those that are kept and the one being written"]
     if "n_head" in c:
-        T, D = config.context_length, c["n_embd"] // c["n_head"]
-        kernel = attention_kernel(c["n_head"], D, T, parallel.device, parallel.dtype, config.dropout)
-        if attends_in_products(parallel.device, parallel.dtype, T, config.dropout):
-            kernel = "two products and a softmax, faster than torch's kernel here"
-        say(f"attention: {kernel}; compiled: {'each block' if config.compile else 'no'}", parallel)
+        model_lines, fits = plan_lines(GPTConfig(**c), setting_of(config, parallel, accum), config.plan_memory_gb, config.galore_rank)
+        lines = model_lines + lines
     if config.optimizer != "adamw":
         mine, full = (predicted_state_bytes(job.model, job.blocks, kind, config.galore_rank) for kind in (config.optimizer, "adamw"))
         note = " (moments in 8 bits need less still)" if config.optimizer == "galore8bit" else ""
-        say(f"{config.optimizer}: {mine:,} bytes of optimizer state, {mine / full:.3f} of AdamW's {full:,}{note}", parallel)
+        lines.append(f"{config.optimizer}: {mine:,} bytes of optimizer state, {mine / full:.3f} of AdamW's {full:,}{note}")
+    if "n_head" in c:
+        kernel = attention_kernel(c["n_head"], c["n_embd"] // c["n_head"], T, parallel.device, parallel.dtype, config.dropout)
+        if attends_in_products(parallel.device, parallel.dtype, T, config.dropout):
+            kernel = "two products and a softmax, faster than torch's kernel here"
+        lines.append(f"attention: {kernel}; compiled: {'each block' if config.compile else 'no'}")
+    lines.append(f"step: {rows_per_step} x {T:,} tokens, {accum} micro-batches of {config.batch_size} rows on each process")
+    if config.max_steps:
+        n, epoch = config.max_steps - step, f"; {job.train_batches.n_windows:,} rows in an epoch" if job.train_batches else ""
+        lines.append(f"to go: {n:,} of {config.max_steps:,} steps, {n * rows_per_step * T:,} tokens{epoch}")
+    say("\n".join(lines), parallel)
+    return fits
+
+
+def show_plan(config: TrainConfig, parallel: Parallel) -> None:
+    """Print what this run would take, its time from a few real steps on random tokens. Nothing is written, no text is tokenised."""
+    B, T, accum, world = config.batch_size, config.context_length, config.grad_accum_steps, parallel.world
+    if (folder := prepare_tokens(SmollmConfig(**tokens_asked_for(config)), build=False)).exists():
+        job = gpt_job(config, parallel.building())
+        resolve_length(config, {}, job.train_batches.n_windows, B * accum * world)
+    else:
+        c = model_shape(config, vocabulary_of(config.tokenizer))
+        with parallel.building():
+            job = Job(GPT(c), None, None, gpt_loss, (Block,), flops_per_token(c), {"model_config": asdict(c)})
+        say(f"{folder}: not made yet; the length of an epoch is known when the text is tokenised", parallel)
+    done = checkpoint.list_checkpoints(config.output_dir) if config.resume == "auto" else []
+    step = checkpoint.step_of(done[-1]) if done else 0
+    fits = tell_what_runs(job, config, parallel, B * accum * world, accum, step)
+    if config.plan_memory_gb or parallel.all_sum([float(fits)])[0] < world:
+        return say(f"time: not measured, {'that is another device' if config.plan_memory_gb else 'it does not fit'}", parallel)
+    adamw = (config.optimizer, config.weight_decay, parallel.device, config.galore_rank)
+    model, optimizer = parallel.prepare(
+        job.model, job.blocks, lambda model: Optimizer(model, job.blocks, *adamw), config.activation_checkpointing
+    )
+    ids = torch.randint(job.facts["model_config"]["vocab_size"], (B, T), device=parallel.device)
+
+    def one_step(n: int) -> None:
+        batches = [{"inputs": ids, "targets": ids}] * n
+        gradients(job, model, optimizer, batches, B * T * n * world, {"step": 0, "split": 1}, config, parallel)
+        parallel.step(optimizer, config.max_grad_norm)  # reads the norm: a GPU's work is done then
+
+    seconds = seconds_of(lambda: one_step(1))
+    seconds += (accum - 1) * max(0.0, seconds_of(lambda: one_step(2)) - seconds) if accum > 1 else 0
+    left = f"; {duration((config.max_steps - step) * seconds)} to the end, without evaluations" if config.max_steps else ""
+    how = "measured without --compile" if config.compile else "measured"
+    say(f"time: {duration(seconds)} a step ({how}), {B * accum * world * T / seconds:,.0f} tokens/s{left}", parallel)
 
 
 def main(config: TrainConfig) -> int:
@@ -687,6 +758,9 @@ def main(config: TrainConfig) -> int:
     with Parallel(config.parallel, device, dtype) as parallel:
         say(f"{device}, {parallel.world} process{'es' if parallel.world > 1 else ''}, {config.dtype}: {why}", parallel)
         with parallel.agree():
+            if config.plan or config.plan_memory_gb:
+                show_plan(config, parallel)
+                return 0
             job = gpt_job(config, parallel.building())
         with parallel.agree():
             parallel.same(job.facts, f"let all ranks see the same --dataset_name {config.dataset_name} and --cache_dir {config.cache_dir}")

@@ -33,11 +33,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from gpt_train import GPT, GPTConfig, calc_loss_batch, count_parameters, evaluate_model, generate_and_print_sample, pick_device, plot_losses
+import gpt_train
+from gpt_train import GPT, GPTConfig, calc_loss_batch, evaluate_model, generate_and_print_sample, pick_device, plot_losses
 from parts.checkpoint import append_lines, move_aside, save_checkpoint, write_file
 from parts.config import parse
 from parts.launch import StopRequest, error_line, run_script
-from parts.tokenizers import make_tokenizer
+from parts.plan import Setting
+from parts.tokenizers import make_tokenizer, vocabulary_of
 from prep_dataset import load_documents
 
 # ------------------------------------------------------------------------------------------------ configuration
@@ -61,6 +63,8 @@ class SimpleConfig:
     tokenizer: str = "auto"  # auto, gpt2, bpe, bpe:8192, bytes, or a tokenizer.json; auto: gpt2 on a GPU, else bpe
     seed: int = 123  # same seed, same run on one CPU
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    plan: bool = False  # print parameters, memory and time of this run, and end; nothing is fetched or written
+    plan_memory_gb: float | None = None  # plan for a GPU with so many GB (10^9 bytes), not for this device
     debug: bool = False  # show the traceback of an error
 
 
@@ -77,8 +81,8 @@ def resolve(config: SimpleConfig, device) -> None:
         if getattr(config, name) is None:
             setattr(config, name, value)
     for name, value in asdict(config).items():
-        in_range = abs(value) < 2**32 if name == "seed" else not isinstance(value, int | float) or 0 < value < math.inf
-        if not in_range and name != "debug":
+        in_range = abs(value) < 2**32 if name == "seed" else type(value) not in (int, float) or 0 < value < math.inf
+        if not in_range:
             raise ValueError(f"--{name}: {value} is out of range; give a positive number")
     GPTConfig.of_size(config.model_size)
 
@@ -135,6 +139,11 @@ def main(config: SimpleConfig) -> int:
     if run_dir.resolve() in (Path.cwd(), Path(config.data_dir or "/").resolve()):
         raise ValueError(f"--output_dir: {run_dir} is the current folder or --data_dir; name another folder for the run")
 
+    if config.plan or config.plan_memory_gb:
+        V = vocabulary_of(config.tokenizer, on_gpu=device.type != "cpu")
+        planned = GPTConfig.of_size(config.model_size, vocab_size=V, block_size=T)
+        return gpt_train.show_plan(planned, B, device, config.max_steps, config.plan_memory_gb)
+
     documents, source = load_documents(config.data_dir)
     train_texts, val_texts = split_documents(documents)
     tokenizer = make_tokenizer(config.tokenizer, train_texts, on_gpu=device.type != "cpu")
@@ -155,7 +164,8 @@ def main(config: SimpleConfig) -> int:
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=device.type != "mps")
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_share(step, n_steps))
     print(f"{source}: {len(documents)} documents; {tokenizer.name}: {len(train_tokens):,} training, {len(val_tokens):,} validation tokens")
-    print(f"{config.model_size}: {count_parameters(model_config):,} parameters, {n_steps} steps of {B} x {T} tokens on {device}")
+    print(*gpt_train.plan_lines(model_config, Setting(B, device=device.type))[0], sep="\n")
+    print(f"{n_steps} steps of {B} x {T} tokens, {n_steps * B * T:,} tokens to go, on {device}")
 
     start_run(run_dir, {"config": asdict(config), "model": asdict(model_config), "data": source, "tokenizer": tokenizer.name})
     losses, events = {0: (None, None)}, []  # step -> (training, validation loss or None); lines for metrics.jsonl, not yet on disk

@@ -29,6 +29,22 @@ def cross_entropy_of_head(hidden, weight, targets):
     return _Blocked.apply(hidden, weight, targets, dtype)
 
 
+def head_bytes(N: int, C: int, V: int, dtype: torch.dtype, device: str) -> int:
+    """Bytes that cross_entropy_of_head holds for a moment, besides the gradient of the head: N positions, device by its type."""
+    e = dtype.itemsize
+    if dtype == torch.float16:
+        return N * V * (e + 4 + 4)  # logits, the same in fp32, and the logarithms of their softmax
+    width = V if e == 4 else -(-V // 64) * 64
+    rows, few = _at_once(N, width, device)
+    return rows * width * e + few * width * 4 + (width * C * e if e < 4 else 0) + N * C * (e + 4)
+
+
+def _at_once(N: int, V: int, device: str) -> tuple[int, int]:
+    """Positions whose logits' gradient is held at once, and of these, those that are in the softmax."""
+    rows = -(-N // -(-N * V // HELD))
+    return rows, max(1, min(rows, IN_CACHE // V)) if device == "cpu" else rows
+
+
 def _product_dtype(hidden) -> torch.dtype:
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -56,9 +72,7 @@ def _loss_and_gradients(hidden, weight, targets, dtype, for_hidden: bool, for_we
     if dtype != weight.dtype:  # cast once, with rows of zeros: the products are faster at multiples of 64, and nobody else sees them
         w = torch.empty(-(-V // 64) * 64, C, dtype=dtype, device=device)
         w[:V], w[V:] = weight.detach(), 0
-    passes = -(-N * len(w) // HELD)
-    rows = -(-N // passes)
-    few = max(1, min(rows, IN_CACHE // len(w))) if device.type == "cpu" else rows
+    rows, few = _at_once(N, len(w), device.type)
     logits = torch.empty(rows, len(w), dtype=dtype, device=device)
     probabilities = torch.empty(few, len(w), device=device)
     loss = torch.zeros((), device=device)

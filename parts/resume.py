@@ -11,7 +11,7 @@ from dataclasses import asdict
 FREE = """config cache_dir streaming batch_size grad_accum_steps n_epochs eval_freq eval_tokens print_sample_iter
 save_ckpt_freq init_from save_ckpt_minutes keep_last max_minutes resume allow_change device parallel compile
 activation_checkpointing cpu_offload deterministic run_name output_dir log_exact use_wandb wandb_project tensorboard
-debug model_size max_bad_steps""".split()
+debug model_size max_bad_steps plan plan_memory_gb""".split()
 DATA = ("dataset_name", "dataset_subset", "text_field", "tokenizer", "max_documents", "val_share")  # compared by what they lead to
 
 

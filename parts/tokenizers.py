@@ -317,6 +317,16 @@ def make_tokenizer(spec: str, texts, on_gpu: bool = False) -> Tokenizer:
     return Tokenizer.load(spec)
 
 
+def vocabulary_of(spec: str, on_gpu: bool = True) -> int:
+    """How many ids the tokenizer of `--tokenizer SPEC` will have, where it is not made yet; a small text gives a BPE fewer."""
+    kind, _, size = ("gpt2" if on_gpu else "bpe", "", "") if spec == "auto" else spec.partition(":")
+    if spec == "bytes":
+        return byte_tokenizer().vocab_size
+    if kind == "bpe" and (not size or size.isdecimal()):
+        return int(size or DEFAULT_BPE_SIZE)
+    return 50257 if kind == "gpt2" else Tokenizer.load(spec).vocab_size
+
+
 def _sample(texts):
     """Texts up to BPE_SAMPLE_CHARS in all, the last one cut; long runs of white space too, which take quadratic time."""
     left = BPE_SAMPLE_CHARS

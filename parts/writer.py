@@ -4,6 +4,7 @@ Checkpoints written while the training goes on: it stands still for a copy of th
 
 from __future__ import annotations
 
+import os
 import threading
 
 import torch
@@ -91,6 +92,15 @@ def available_memory() -> float:
             return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return float("inf")
+
+
+def free_memory(device: str) -> tuple[float, str]:
+    """(bytes that a process can have on a device of this type, what that is called); processes of one machine share its memory."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
+    if device == "mps":
+        return torch.mps.recommended_max_memory(), "the GPU"
+    return available_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)), "free memory"
 
 
 def enough_memory(need: float, what: str, flag: str) -> None:

@@ -8,9 +8,9 @@ from conftest import ROOT, run
 
 SCRIPTS = ["pretraining_simple.py", "pretraining_advanced.py", "prep_dataset.py", "gpt_train.py", "wt_load.py"]
 BUDGETS = {  # lines; raising one is a decision, with its reason in the commit
-    "pretraining_simple.py": 250,
-    "pretraining_advanced.py": 700,
-    "gpt_train.py": 600,
+    "pretraining_simple.py": 258,
+    "pretraining_advanced.py": 775,
+    "gpt_train.py": 635,
     "wt_load.py": 600,
     "prep_dataset.py": 550,
     "test_smollm.py": 300,

@@ -1,0 +1,170 @@
+"""What --plan says is what happens: parameters, what autograd keeps, memory, disk, steps; and it starts and writes nothing."""
+
+import re
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import GPT2_CACHE, ROOT, TINY, one_error_line, run
+
+from gpt_train import GPT, SIZES, Block, GPTConfig, attends_in_products, count_parameters, memory_of
+from parts.optim import predicted_state_bytes
+from parts.parallel import _recompute_in_backward
+from parts.plan import Setting, activation_bytes, duration, gb, parameters_by_part, seconds_of, ways_to_fit
+
+sys.path.append(str(ROOT / "benchmarks"))
+import memory as memory_benchmark  # noqa: E402
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_by_part_are_those_of_the_modules(tied):
+    config = GPTConfig(vocab_size=97, block_size=24, n_layer=3, n_head=2, n_embd=10, tied=tied)
+    found = dict.fromkeys(parameters_by_part(config), 0)
+    of = {
+        "wte": "token embedding",
+        "wpe": "positions",
+        "attn": "attention",
+        "mlp": "MLP",
+        "ln_1": "norms",
+        "ln_2": "norms",
+        "ln_f": "norms",
+    }
+    for name, p in GPT(config).named_parameters():
+        words = name.split(".")
+        found[{**of, "lm_head": "head"}[words[2] if words[0] == "h" else words[0]]] += p.numel()
+    assert found == parameters_by_part(config)
+
+
+def kept_by_autograd(config, B: int, dtype, recomputed: bool) -> int:
+    """Bytes of everything but parameters that a forward pass keeps for the backward pass, each piece of memory once."""
+    model, kept = GPT(config), {}
+    if recomputed:
+        for block in model.h:
+            _recompute_in_backward(block)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        if (memory := tensor.untyped_storage()).data_ptr() not in own:
+            kept[memory.data_ptr()] = (memory.nbytes(), tensor)  # the tensor itself, too, or its place would be given to another
+        return tensor
+
+    ids = torch.randint(config.vocab_size, (B, config.block_size))
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+    ):
+        model(ids, ids)
+    return sum(n for n, _ in kept.values())
+
+
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(("dtype", "T"), [("fp32", 40), ("bf16", 40), ("bf16", 520)])
+def test_activations_are_what_autograd_keeps(dtype, T, dropout, recomputed):
+    torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    config = GPTConfig(vocab_size=512, block_size=T, n_layer=3, n_head=4, n_embd=64, dropout=dropout)
+    products = attends_in_products(torch.device("cpu"), torch_dtype, T, dropout)
+    planned = activation_bytes(config, Setting(3, dtype=dtype, activation_checkpointing=recomputed, attends_in_products=products))
+    if recomputed:  # the plan adds the block that is being recomputed, which is not there at the end of the forward pass
+        one, two = (activation_bytes(replace(config, n_layer=n), Setting(3, dtype=dtype, attends_in_products=products)) for n in (1, 2))
+        planned -= two - one
+    head = 4 * config.vocab_size * config.n_embd
+    assert planned + head == pytest.approx(kept_by_autograd(config, 3, torch_dtype, recomputed), rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon", "galore"])
+def test_the_optimizer_of_a_plan_is_that_of_the_model(kind):
+    config = GPTConfig(vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=32)
+    assert memory_of(config, Setting(2, optimizer=kind), galore_rank=8)["optimizer"] == predicted_state_bytes(
+        GPT(config), (Block,), kind, 8
+    )
+
+
+def test_sizes_have_growing_plans_and_more_rows_never_need_less():
+    peaks = [memory_of(GPTConfig.of_size(size), Setting(8, dtype="bf16"))["peak"] for size in SIZES]
+    assert peaks == sorted(peaks)
+    config = GPTConfig.of_size("124M")
+    by_rows = [memory_of(config, Setting(B, device="cuda"))["peak"] for B in (1, 2, 3, 8, 64)]
+    assert by_rows == sorted(by_rows) and by_rows[0] > 16 * count_parameters(config)
+    sliced = memory_of(config, Setting(8, device="cuda", parallel="fsdp", world=8))
+    assert sliced["optimizer"] == 8 * count_parameters(config) // 8
+
+
+def test_ways_out_fit_and_are_the_same_step():
+    config, s = GPTConfig.of_size("124M"), Setting(32, dtype="bf16", device="cuda")
+    ways = ways_to_fit(s, 4e9, lambda other: memory_of(config, other)["peak"])
+    assert ways
+    for way in ways:
+        B, accum = (int(re.search(rf"--{name} (\d+)", way)[1]) for name in ("batch_size", "grad_accum_steps"))
+        more = {"activation_checkpointing": "--activation_checkpointing" in way}
+        more |= {"optimizer": m[1]} if (m := re.search(r"--optimizer (\w+)", way)) else {}
+        assert B * accum == 32 and memory_of(config, Setting(B, accum, dtype="bf16", device="cuda", **more))["peak"] <= 4e9
+    assert ways_to_fit(s, 1e9, lambda other: memory_of(config, other)["peak"]) == []
+
+
+def test_figures_for_people():
+    assert [gb(n) for n in (0, 999, 1000, 12_345_678, 999_600_000, 1.493e9, 123e9)] == [
+        "0 bytes",
+        "999 bytes",
+        "1 kB",
+        "12.3 MB",
+        "1 GB",
+        "1.49 GB",
+        "123 GB",
+    ]
+    assert [duration(s) for s in (0.123, 45, 200, 7500, 273_600)] == ["0.12 s", "45 s", "3 min 20 s", "2 h 5 min", "3 days 4 h"]
+    assert duration(90_000) == "1 day 1 h" and duration(59.7) == "1 min 0 s"
+    calls = []
+    assert 0 <= seconds_of(lambda: calls.append(1)) < 1 and len(calls) == 4
+    seconds_of(lambda: calls.append(1), at_most_s=0.0)
+    assert len(calls) == 5
+
+
+@pytest.mark.parametrize("shape", memory_benchmark.SHAPES)
+def test_memory_and_files_of_a_run_are_those_planned(shape, tmp_path, request):
+    if shape != "tiny" and not request.config.getoption("--nightly"):
+        pytest.skip("larger shapes with --nightly, or benchmarks/memory.py")
+    if not (GPT2_CACHE).exists():
+        pytest.skip("needs ../shared/data/gpt2/tiktoken_cache")
+    predicted, measured, files, tensors = memory_benchmark.compare(tmp_path, shape)
+    assert predicted == pytest.approx(measured, rel=0.15)
+    assert tensors == pytest.approx(files, rel=0.02)
+
+
+def test_a_plan_starts_and_writes_nothing_and_counts_what_is_left(texts, tmp_path_factory, tmp_path):
+    text = tmp_path_factory.mktemp("documents") / "all.txt"
+    text.write_text("\n<|endoftext|>\n".join((texts / "text_0.txt").read_text(encoding="utf-8").split("\n\n")[:60]), encoding="utf-8")
+    flags = (*TINY, "--dataset_name", text, "--val_share", "0.2", "--max_steps", "6", "--plan")
+    result = run("pretraining_advanced.py", *flags, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert list(tmp_path.iterdir()) == []
+    config = GPTConfig.of_size("nano", vocab_size=257, block_size=16)
+    assert f"parameters: {count_parameters(config):,} (" in result.stdout and "fits the" in result.stdout
+    assert "to go: 6 of 6 steps, 384 tokens" in result.stdout and re.search(r"time: .* a step \(measured\)", result.stdout), result.stdout
+    assert run("pretraining_advanced.py", *flags[:-1], "--save_ckpt_freq", "4", "--max_minutes", "1e-9", cwd=tmp_path).returncode == 75
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    planned = run("pretraining_advanced.py", *flags, cwd=tmp_path).stdout
+    assert "to go: 5 of 6 steps" in planned and "rows in an epoch" in planned, planned
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+    planned_bytes = re.search(r"disk: (\S+ \S+) a checkpoint", planned)[1]
+    real = sum(p.stat().st_size for p in next((tmp_path / "runs/advanced/checkpoints").iterdir()).iterdir())
+    assert float(planned_bytes.split()[0]) * {"kB": 1e3, "MB": 1e6}[planned_bytes.split()[1]] == pytest.approx(real, rel=0.03)
+
+
+def test_the_simple_trainer_plans_too_and_reads_no_text(tmp_path):
+    result = run("pretraining_simple.py", "--plan", "--model_size", "nano", "--data_dir", "nowhere", cwd=tmp_path)
+    assert result.returncode == 0 and "time: " in result.stdout and "1,400 steps in" in result.stdout, result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_device_is_planned_for_with_what_would_fit(tmp_path):
+    flags = ("--model_size", "124M", "--batch_size", "64", "--dtype", "bf16", "--tokenizer", "gpt2", "--plan_memory_gb")
+    out = run("pretraining_advanced.py", *flags, "8", cwd=tmp_path).stdout
+    assert "does NOT fit the 8 GB of --plan_memory_gb" in out and "time: not measured" in out, out
+    way = re.search(r"what would fit, with pretraining_advanced.py: (.*?);", out)[1].split()
+    again = run("pretraining_advanced.py", *flags, "8", *way, cwd=tmp_path)
+    assert ", fits the 8 GB" in again.stdout, again.stdout
+    assert "--plan_memory_gb: -1.0 is out of range" in one_error_line(run("pretraining_advanced.py", *flags, "-1", cwd=tmp_path), 2)
+    assert list(tmp_path.iterdir()) == [] and np.isfinite(float(way[1]))
