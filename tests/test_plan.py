@@ -1,6 +1,8 @@
 """What --plan says is what happens: parameters, what autograd keeps, memory, disk, steps; and it starts and writes nothing."""
 
+import os
 import re
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -13,9 +15,6 @@ from gpt_train import GPT, SIZES, Block, GPTConfig, attends_in_products, count_p
 from parts.optim import predicted_state_bytes
 from parts.parallel import _recompute_in_backward
 from parts.plan import Setting, activation_bytes, duration, gb, parameters_by_part, seconds_of, ways_to_fit
-
-sys.path.append(str(ROOT / "benchmarks"))
-import memory as memory_benchmark  # noqa: E402
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -122,15 +121,17 @@ def test_figures_for_people():
     assert len(calls) == 5
 
 
-@pytest.mark.parametrize("shape", memory_benchmark.SHAPES)
-def test_memory_and_files_of_a_run_are_those_planned(shape, tmp_path, request):
-    if shape != "tiny" and not request.config.getoption("--nightly"):
-        pytest.skip("larger shapes with --nightly, or benchmarks/memory.py")
-    if not (GPT2_CACHE).exists():
+def test_memory_and_files_of_a_run_are_those_planned(request):
+    if not GPT2_CACHE.exists():
         pytest.skip("needs ../shared/data/gpt2/tiktoken_cache")
-    predicted, measured, files, tensors = memory_benchmark.compare(tmp_path, shape)
-    assert predicted == pytest.approx(measured, rel=0.15)
-    assert tensors == pytest.approx(files, rel=0.02)
+    only = [] if request.config.getoption("--nightly") else ["--only", "tiny"]
+    environment = {**os.environ, "TIKTOKEN_CACHE_DIR": str(GPT2_CACHE)}
+    command = [sys.executable, "benchmarks/memory.py", *only]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment).stdout
+    found = re.findall(r"ratio ([\d.]+); checkpoint: .* ratio ([\d.]+)", out)
+    assert len(found) == (1 if only else 6), out
+    for memory, files in found:
+        assert float(memory) == pytest.approx(1, abs=0.15) and float(files) == pytest.approx(1, abs=0.02), out
 
 
 def test_a_plan_starts_and_writes_nothing_and_counts_what_is_left(texts, tmp_path_factory, tmp_path):
