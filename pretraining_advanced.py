@@ -693,7 +693,7 @@ def tell_what_runs(job: Job, config: TrainConfig, parallel: Parallel, rows_per_s
         mine, full = (predicted_state_bytes(job.model, job.blocks, kind, config.galore_rank) for kind in (config.optimizer, "adamw"))
         note = " (moments in 8 bits need less still)" if config.optimizer == "galore8bit" else ""
         lines.append(f"{config.optimizer}: {mine:,} bytes of optimizer state, {mine / full:.3f} of AdamW's {full:,}{note}")
-    if "n_head" in c:
+    if "n_head" in c and not config.plan_memory_gb:
         kernel = attention_kernel(c["n_head"], c["n_embd"] // c["n_head"], T, parallel.device, parallel.dtype, config.dropout)
         if attends_in_products(parallel.device, parallel.dtype, T, config.dropout):
             kernel = "two products and a softmax, faster than torch's kernel here"
@@ -753,7 +753,8 @@ def main(config: TrainConfig) -> int:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    dtype, why = choose_dtype(config.dtype, device)
+    wanted = "bf16" if config.plan_memory_gb and config.dtype == "auto" else config.dtype  # what a GPU would choose
+    dtype, why = choose_dtype(wanted, device)
     config.dtype = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
     with Parallel(config.parallel, device, dtype) as parallel:
         say(f"{device}, {parallel.world} process{'es' if parallel.world > 1 else ''}, {config.dtype}: {why}", parallel)
