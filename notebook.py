@@ -246,63 +246,35 @@ def _(at_step, axis, chosen, folder, get_records, n_smooth, samples):
 
 @app.cell
 def _():
-    settings = mo.ui.dictionary(
-        {
-            "max_lr": mo.ui.slider(steps=[1e-4, 3e-4, 1e-3, 2e-3, 4e-3, 1e-2, 0.1], value=4e-3, show_value=True, label="learning rate"),
-            "warmup": mo.ui.slider(0, 200, 10, value=20, show_value=True, label="warmup (steps)"),
-            "batch": mo.ui.slider(steps=[1, 2, 4, 8, 16, 32, 64], value=16, show_value=True, label="batch (rows of 64 tokens)"),
-            "width": mo.ui.slider(32, 256, 32, value=64, show_value=True, label="width"),
-            "depth": mo.ui.slider(1, 8, value=2, show_value=True, label="depth (blocks)"),
-            "schedule": mo.ui.dropdown(SCHEDULES, value="cosine", label="schedule"),
-            "steps": mo.ui.slider(50, 1000, 50, value=300, show_value=True, label="length (steps)"),
-        }
-    )
+    # one by one: of a mo.ui.dictionary whose controls are moved while the page is at work, marimo keeps the last move only
+    max_lr = mo.ui.slider(steps=[1e-4, 3e-4, 1e-3, 2e-3, 4e-3, 1e-2, 0.1], value=4e-3, show_value=True, label="learning rate")
+    warmup = mo.ui.slider(0, 200, 10, value=20, show_value=True, label="warmup (steps)")
+    batch = mo.ui.slider(steps=[1, 2, 4, 8, 16, 32, 64], value=16, show_value=True, label="batch (rows of 64 tokens)")
+    width = mo.ui.slider(32, 256, 32, value=64, show_value=True, label="width")
+    depth = mo.ui.slider(1, 8, value=2, show_value=True, label="depth (blocks)")
+    schedule = mo.ui.dropdown(SCHEDULES, value="cosine", label="schedule")
+    steps = mo.ui.slider(50, 1000, 50, value=300, show_value=True, label="length (steps)")
     train_button, stop_button = mo.ui.run_button(label="train it", kind="success"), mo.ui.run_button(label="stop", kind="warn")
-    prompt = mo.ui.text_area("The first argument is the name of the", debounce=150, rows=2, label="text, read as you type", full_width=True)
-    passage = mo.ui.text_area("If the file does not exist, an error is raised. My aunt keeps three parrots.", rows=4, full_width=True)
-    sampling = mo.ui.dictionary(
-        {
-            "opening": mo.ui.text("The value", label="opening"),
-            "temperature": mo.ui.slider(0, 2, 0.1, value=0.8, show_value=True, label="temperature"),
-            "top_k": mo.ui.slider(steps=[1, 2, 5, 10, 20, 50, 100, 200], value=20, show_value=True, label="top-k"),
-            "top_p": mo.ui.slider(0.05, 1, 0.05, value=0.9, show_value=True, label="top-p"),
-            "seed": mo.ui.slider(0, 20, value=0, show_value=True, label="seed"),
-        }
-    )
-    scale = mo.ui.dictionary(
-        {
-            "size": mo.ui.dropdown(list(SIZES), value="124M", label="size"),
-            "vocabulary": mo.ui.slider(
-                steps=[257, 1024, 4096, 16384, 50257, 131072], value=50257, show_value=True, label="vocabulary (tokens)"
-            ),
-            "context": mo.ui.slider(steps=[2**i for i in range(6, 14)], value=1024, show_value=True, label="context (tokens)"),
-            "batch": mo.ui.slider(steps=[2**i for i in range(8)], value=8, show_value=True, label="micro-batch (rows)"),
-            "dtype": mo.ui.dropdown(["fp32", "bf16", "fp16"], value="bf16", label="products in"),
-            "optimizer": mo.ui.dropdown(["adamw", "galore", "muon"], value="adamw", label="optimizer"),
-            "recompute": mo.ui.switch(label="activation checkpointing"),
-            "ratio": mo.ui.slider(steps=[1, 5, 10, 20, 50, 100, 500], value=20, show_value=True, label="training tokens per parameter"),
-            "device": mo.ui.dropdown([MEASURED, *PEAK_FLOPS], value="H100", label="device"),
-            "share": mo.ui.slider(5, 70, 5, value=40, show_value=True, label="of its peak (%)"),
-        }
-    )
-    return passage, prompt, sampling, scale, settings, stop_button, train_button
+    return batch, depth, max_lr, schedule, steps, stop_button, train_button, warmup, width
 
 
 @app.cell
-def _(settings, stop_button, train_button):
-    _s, _at = settings.value, range(settings.value["steps"])
-    _lr = {k: [learning_rate(i, k, _s["max_lr"], _s["max_lr"] / 10, _s["warmup"], _s["steps"]) for i in _at] for k in SCHEDULES}
-    _figure = figures.draw_lines({k: (_at, y) for k, y in _lr.items()}, _s["schedule"], "optimizer steps", "learning rate")
-    _controls = mo.vstack([*settings.elements.values(), mo.hstack([train_button, stop_button], justify="start")])
+def _(batch, depth, max_lr, schedule, steps, stop_button, train_button, warmup, width):
+    _sliders = {"max_lr": max_lr, "warmup": warmup, "batch": batch, "width": width, "depth": depth, "schedule": schedule, "steps": steps}
+    settings = {name: control.value for name, control in _sliders.items()}
+    _at = range(steps.value)
+    _lr = {k: [learning_rate(i, k, max_lr.value, max_lr.value / 10, warmup.value, steps.value) for i in _at] for k in SCHEDULES}
+    _figure = figures.draw_lines({k: (_at, y) for k, y in _lr.items()}, schedule.value, "optimizer steps", "learning rate")
+    _controls = mo.vstack([*_sliders.values(), mo.hstack([train_button, stop_button], justify="start")])
     _schedule = mo.Html(figures.as_html(_figure, "learning rate over the steps"))
     mo.vstack([mo.md("## 2. Hyperparameters"), mo.hstack([_controls, _schedule], widths=[1, 1])])
-    return
+    return (settings,)
 
 
 @app.cell
 def _(settings, stop_button, train_button, trainings):
     def _start():
-        run_dir, flags = small_run(**settings.value)
+        run_dir, flags = small_run(**settings)
         if run_dir.name not in trainings or trainings[run_dir.name].process.poll() is not None:
             trainings[run_dir.name] = Training(run_dir, flags)
 
@@ -331,7 +303,7 @@ def _(get_records, started, trainings):
 @app.cell
 def _(folder, get_names, memory, names):
     get_names()
-    _folders = [f for n in names if (steps := list_checkpoints(Path(folder.value) / n)) for f in (Path(folder.value) / n, *steps)]
+    _folders = [f for n in names if (_own := list_checkpoints(Path(folder.value) / n)) for f in (Path(folder.value) / n, *_own)]
     _options = {str(f.relative_to(folder.value)): str(f) for f in _folders}
     _value = memory["picked"] if memory.get("picked") in _options.values() else next(iter(_options.values()), None)
     _label = {path: label for label, path in _options.items()}.get(_value)
@@ -353,6 +325,18 @@ def _(elsewhere, picked):
     _told = model and mo.md(f"step {_state['step']:,}, {count_parameters(model.config):,} parameters, tokenizer {tokenizer.name}")
     mo.vstack([mo.md("## 3. What the model does"), mo.hstack([picked, elsewhere], justify="start"), _told or _found])
     return model, tokenizer
+
+
+@app.cell
+def _():
+    prompt = mo.ui.text_area("The first argument is the name of the", debounce=150, rows=2, label="text, read as you type", full_width=True)
+    passage = mo.ui.text_area("If the file does not exist, an error is raised. My aunt keeps three parrots.", rows=4, full_width=True)
+    opening = mo.ui.text("The value", label="opening")
+    temperature = mo.ui.slider(0, 2, 0.1, value=0.8, show_value=True, label="temperature")
+    top_k = mo.ui.slider(steps=[1, 2, 5, 10, 20, 50, 100, 200], value=20, show_value=True, label="top-k")
+    top_p = mo.ui.slider(0.05, 1, 0.05, value=0.9, show_value=True, label="top-p")
+    seed = mo.ui.slider(0, 20, value=0, show_value=True, label="seed")
+    return opening, passage, prompt, seed, temperature, top_k, top_p
 
 
 @app.cell
@@ -401,36 +385,47 @@ def _(model, passage, tokenizer):
 
 
 @app.cell
-def _(model, sampling, tokenizer):
+def _(model, opening, seed, temperature, tokenizer, top_k, top_p):
     def _side_by_side():
-        s, names, cpu = sampling.value, ("temperature", "top_k", "top_p"), torch.device("cpu")
-        t, k, p = s["temperature"], min(s["top_k"], tokenizer.vocab_size), s["top_p"]
+        t, k, p, cpu = temperature.value, min(top_k.value, tokenizer.vocab_size), top_p.value, torch.device("cpu")
         ways = {"temperature 0": (0, None, None), f"temperature {t:g}": (t, None, None)}
         ways |= {f"{t:g} and top-k {k}": (t, k, None), f"{t:g} and top-p {p:g}": (t, None, p)}
-        options = [dict(zip(names, way, strict=True)) | {"seed": s["seed"]} for way in ways.values()]
-        texts = [s["opening"] + gpt_train.continuations(model, tokenizer, cpu, s["opening"], 1, 50, **o)[0] for o in options]
-        pairs = zip(ways, texts, strict=True)
-        return mo.hstack([mo.vstack([mo.md(f"*{way}*"), mo.Html(figures.paragraph(text))]) for way, text in pairs], widths="equal", gap=2)
+        options = [dict(zip(("temperature", "top_k", "top_p"), way, strict=True)) | {"seed": seed.value} for way in ways.values()]
+        texts = [gpt_train.continuations(model, tokenizer, cpu, opening.value, 1, 50, **o)[0] for o in options]
+        written = [mo.Html(figures.paragraph(opening.value + text)) for text in texts]
+        return mo.hstack([mo.vstack([mo.md(f"*{w}*"), text]) for w, text in zip(ways, written, strict=True)], widths="equal", gap=2)
 
     mo.stop(model is None)
-    mo.vstack([mo.md("**Sampling**"), mo.hstack(sampling.elements.values(), justify="start", wrap=True), or_why_not(_side_by_side)])
+    _controls = mo.hstack([opening, temperature, top_k, top_p, seed], justify="start", wrap=True)
+    mo.vstack([mo.md("**Sampling**"), _controls, or_why_not(_side_by_side)])
     return
 
 
 @app.cell
-def _(chosen, folder, scale):
+def _():
+    size = mo.ui.dropdown(list(SIZES), value="124M", label="size")
+    vocabulary = mo.ui.slider(steps=[257, 1024, 4096, 16384, 50257, 131072], value=50257, show_value=True, label="vocabulary (tokens)")
+    context = mo.ui.slider(steps=[2**i for i in range(6, 14)], value=1024, show_value=True, label="context (tokens)")
+    ratio = mo.ui.slider(steps=[1, 5, 10, 20, 50, 100, 500], value=20, show_value=True, label="training tokens per parameter")
+    device = mo.ui.dropdown([MEASURED, *PEAK_FLOPS], value="H100", label="device")
+    share = mo.ui.slider(5, 70, 5, value=40, show_value=True, label="of its peak (%)")
+    return context, device, ratio, share, size, vocabulary
+
+
+@app.cell
+def _(chosen, context, device, folder, ratio, share, size, vocabulary):
     def _costs():
-        s = scale.value
-        rate = reached(Path(folder.value), chosen.value) if s["device"] == MEASURED else PEAK_FLOPS[s["device"]] * s["share"] / 100
-        configs = {name: GPTConfig.of_size(name, vocab_size=s["vocabulary"], block_size=s["context"]) for name in SIZES}
+        rate = reached(Path(folder.value), chosen.value) if device.value == MEASURED else PEAK_FLOPS[device.value] * share.value / 100
+        configs = {name: GPTConfig.of_size(name, vocab_size=vocabulary.value, block_size=context.value) for name in SIZES}
         rows = []
         for name, config in configs.items():
             n, each = count_parameters(config), flops_per_token(config)
-            rows.append((name, f"{n:,}", f"{each:.2e}", f"{s['ratio'] * n:.1e}", figures.duration(s["ratio"] * n * each / rate)))
+            rows.append((name, f"{n:,}", f"{each:.2e}", f"{ratio.value * n:.1e}", figures.duration(ratio.value * n * each / rate)))
         head = ["size", "parameters", "FLOPs per token", "tokens", f"time at {rate:.2g} FLOP/s"]
-        return mo.vstack([mo.Html(figures.table(head, rows, lambda i, j: 0.3 * (rows[i][0] == s["size"])))])
+        return mo.vstack([mo.Html(figures.table(head, rows, lambda i, j: 0.3 * (rows[i][0] == size.value)))])
 
-    mo.vstack([mo.md("## 4. Scaling"), mo.hstack(scale.elements.values(), justify="start", gap=2, wrap=True), or_why_not(_costs)])
+    _controls = mo.hstack([size, vocabulary, context, ratio, device, share], justify="start", gap=2, wrap=True)
+    mo.vstack([mo.md("## 4. Scaling"), _controls, or_why_not(_costs)])
     return
 
 

@@ -434,7 +434,7 @@ def test_the_page_in_a_browser(tmp_path):
             press(page, label, "Home")
         assert not page.js(f"drawn('{small}')")
         page.js("control('train it', 'button').click()")
-        wait_for(lambda: page.js("said().includes('finished, step 50 of 50')"), "the training to finish", 60)
+        wait_for(lambda: page.js("said().includes('finished, step 50 of 50')"), "the training to finish", 90)
         wait_for(lambda: page.js(f"!!drawn('{small}')"), "its curve")
 
         told = page.js("said()")
