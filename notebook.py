@@ -49,7 +49,7 @@ def or_why_not(make):
     try:
         return make()
     except (*BAD_INPUT, OSError, RuntimeError, MemoryError) as e:
-        return mo.callout(mo.plain_text(error_line(e)), kind="warn")
+        return mo.callout(mo.Html(figures.paragraph(error_line(e))), kind="warn")
 
 
 @app.function
@@ -193,7 +193,7 @@ def _():
 @app.cell
 def _(folder, get_names, get_records, refresh, set_names, set_records, trainings):
     _ = refresh.value  # what hangs on the two states is drawn anew only when something has changed
-    with contextlib.suppress(OSError):  # a folder that is being moved; the next look finds it
+    with contextlib.suppress(OSError, ValueError):  # a folder that is being moved, a name that cannot be; the next look finds it
         _names, _records = zip(*[signature(f) for f in (folder.value, RUNS)], strict=True)
         if _names != get_names():
             set_names(_names)
@@ -230,7 +230,7 @@ def _(at_step, axis, chosen, folder, get_records, n_smooth, samples):
 
     def _curves():
         runs, said = read_runs(folder.value, chosen.value, axis.value)
-        boxes = [mo.callout(mo.plain_text(line), kind="warn") for line in said]
+        boxes = [mo.callout(mo.Html(figures.paragraph(line)), kind="warn") for line in said]
         if not runs:
             return mo.vstack(boxes or [mo.md("*Choose a run above.*")])
         whole = figures.draw_runs(runs, axis.value, n_smooth.value)
@@ -422,7 +422,7 @@ def _(chosen, context, device, folder, ratio, share, size, vocabulary):
             n, each = count_parameters(config), flops_per_token(config)
             rows.append((name, f"{n:,}", f"{each:.2e}", f"{ratio.value * n:.1e}", figures.duration(ratio.value * n * each / rate)))
         head = ["size", "parameters", "FLOPs per token", "tokens", f"time at {rate:.2g} FLOP/s"]
-        return mo.vstack([mo.Html(figures.table(head, rows, lambda i, j: 0.3 * (rows[i][0] == size.value)))])
+        return mo.vstack([mo.Html(figures.table(head, rows, lambda i, j: 0.2 * (rows[i][0] == size.value)))])
 
     _controls = mo.hstack([size, vocabulary, context, ratio, device, share], justify="start", gap=2, wrap=True)
     mo.vstack([mo.md("## 4. Scaling"), _controls, or_why_not(_costs)])

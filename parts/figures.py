@@ -104,7 +104,7 @@ def draw_runs(runs: dict, axis: str, n_smooth: int, names=tuple(PANELS), mark: i
             x, y = places[name][known], run[column][known]
             thin = slice(None, None, len(y) // MOST_POINTS + 1)
             if column in NOISY and n_smooth > 1:
-                panel.plot(x[thin], y[thin], color=color, alpha=0.25, linewidth=1)
+                panel.plot(x[thin], y[thin], color=color, alpha=0.35, linewidth=1)
                 y = smoothed(y, n_smooth)
             marker = "o" if column == "val_loss" or len(y) == 1 else None
             panel.plot(x[thin], y[thin], color=color, marker=marker, markersize=4, label=drawable(name))
@@ -192,16 +192,16 @@ def samples_of(text: str) -> dict[int, str]:
 
 
 def table(head, rows, shade=lambda i, j: 0.0) -> str:
-    """Rows of text as a table; shade(row, column) in [0, 1] colours a cell."""
+    """Rows of text as a table; shade(row, column) in [0, 1], such as a probability, colours a cell."""
     cell = '<td style="padding: 1px 8px; white-space: pre; background: rgba(31, 119, 180, {:.2f})">{}</td>'
-    lines = ["".join(cell.format(0.6 * shade(i, j), html.escape(str(c))) for j, c in enumerate(row)) for i, row in enumerate(rows)]
+    lines = ["".join(cell.format(0.6 * shade(i, j) ** 0.5, html.escape(str(c))) for j, c in enumerate(row)) for i, row in enumerate(rows)]
     top = "".join(f'<th style="padding: 1px 8px; text-align: left">{html.escape(str(c))}</th>' for c in head)
     return f"<table><tr>{top}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def paragraph(text: str) -> str:
-    """Text with its blanks and line ends."""
-    return f'<div style="white-space: pre-wrap; overflow-wrap: anywhere">{html.escape(text)}</div>'
+    """Text with its blanks and line ends; a long one can be scrolled."""
+    return f'<div style="white-space: pre-wrap; overflow-wrap: anywhere; max-height: 18em; overflow-y: auto">{html.escape(text)}</div>'
 
 
 def surprise(pieces: list[tuple[str, str, float]]) -> str:
