@@ -166,7 +166,7 @@ def _():
         try:
             runs_in(RUNS)
         except ValueError:
-            trainings["notebook-first"] = Training(RUNS / "notebook-first", small_run()[1])
+            trainings["notebook-first"] = Training(RUNS / "notebook-first", small_run(steps=200)[1])
             if mo.app_meta().mode == "script":  # nobody looks again later
                 trainings["notebook-first"].process.wait()
             return mo.md(f"There was no run in `{RUNS}`: a tiny one is trained now, `runs/notebook-first`, which takes half a minute.")

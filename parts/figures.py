@@ -170,6 +170,7 @@ def as_html(figure: Figure, says: str) -> str:
         axes.tick_params(colors=GREY, which="both")
         if not axes.images and not axes.collections:
             axes.grid(alpha=0.25)
+            axes.set_axisbelow(True)
         texts = axes.get_legend().get_texts() if axes.get_legend() else []
         for text in (axes.xaxis.label, axes.yaxis.label, axes.title, *texts):
             text.set_color(GREY)

@@ -238,6 +238,11 @@ def test_settings_name_the_run_and_a_training_that_fails_tells_its_error_line(no
     training.stop()  # has ended already
 
 
+def test_the_readme_names_the_commands_that_are_tested_here():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f"\n{command} " in readme for command in ("marimo run notebook.py", "marimo edit notebook.py", "python notebook.py"))
+
+
 def test_marimo_finds_nothing_to_say_about_the_notebook():
     checked = subprocess.run([sys.executable, "-m", "marimo", "check", "--strict", "notebook.py"], cwd=ROOT, capture_output=True, text=True)
     assert checked.returncode == 0 and checked.stdout + checked.stderr == ""
@@ -311,7 +316,7 @@ class Browser:
         self.open.close()
 
 
-def wait_for(ask, what: str, seconds: float = 40):
+def wait_for(ask, what: str, seconds: float = 90):
     """The first answer of ask() that is true; what it raises for files that are not there yet is no answer."""
     end, last = time.monotonic() + seconds, None
     while time.monotonic() < end:
@@ -386,6 +391,9 @@ def test_the_page_in_a_browser(tmp_path):
         stack.callback(page.close)
         wait_for(lambda: metrics.stat().st_size, "the run to begin")
         wait_for(lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/").status == 200, "the server")
+        told_by_second = stack.enter_context(open(tmp_path / "second.log", "w+", encoding="utf-8"))
+        second = subprocess.Popen(server, **quiet | {"stderr": told_by_second})  # on the same port
+        stack.callback(lambda: (second.kill(), second.wait()))
         page.send("Page.addScriptToEvaluateOnNewDocument", source=HELPERS)
         page.send("Page.navigate", url=f"http://127.0.0.1:{port}/")
         curves, schedule, small = "curves of the chosen runs", "learning rate over the steps", "losses of the small runs"
@@ -434,9 +442,13 @@ def test_the_page_in_a_browser(tmp_path):
             press(page, label, "Home")
         assert not page.js(f"drawn('{small}')")
         page.js("control('train it', 'button').click()")
-        wait_for(lambda: page.js("said().includes('finished, step 50 of 50')"), "the training to finish", 90)
+        wait_for(lambda: page.js("said().includes('finished, step 50 of 50')"), "the training to finish")
         wait_for(lambda: page.js(f"!!drawn('{small}')"), "its curve")
 
+        # the port in use is an error of the second server, and none of the first
+        assert second.wait(timeout=60) == 3
+        told_by_second.seek(0)
+        assert "address already in use" in told_by_second.read()
         told = page.js("said()")
         assert "internal error" not in told and "Traceback" not in told
         assert page.js("window.kept") == "no reload" and page.problems == []
