@@ -202,7 +202,7 @@ def table(head, rows, shade=lambda i, j: 0.0) -> str:
 
 def paragraph(text: str) -> str:
     """Text with its blanks and line ends; a long one can be scrolled."""
-    return f'<div style="white-space: pre-wrap; overflow-wrap: anywhere; max-height: 18em; overflow-y: auto">{html.escape(text)}</div>'
+    return f'<div style="white-space: pre-wrap; overflow-wrap: anywhere; max-height: 12em; overflow-y: auto">{html.escape(text)}</div>'
 
 
 def surprise(pieces: list[tuple[str, str, float]]) -> str:
