@@ -29,13 +29,14 @@ with app.setup:
     import torch
 
     import gpt_train
-    from gpt_train import SIZES, GPTConfig, count_parameters, flops_per_token
+    from gpt_train import SIZES, GPTConfig, Setting, count_parameters, flops_per_token
     from parts import figures, inside
     from parts.checkpoint import list_checkpoints, write_file
     from parts.corpus import python_docs
     from parts.launch import BAD_INPUT, error_line
     from parts.meter import PEAK_FLOPS, read_metrics
     from parts.optim import learning_rate
+    from parts.plan import duration
 
     TRAINER = Path(gpt_train.__file__).with_name("pretraining_advanced.py")
     RUNS = Path("runs")
@@ -409,22 +410,33 @@ def _():
     ratio = mo.ui.slider(steps=[1, 5, 10, 20, 50, 100, 500], value=20, show_value=True, label="training tokens per parameter")
     device = mo.ui.dropdown([MEASURED, *PEAK_FLOPS], value="H100", label="device")
     share = mo.ui.slider(5, 70, 5, value=40, show_value=True, label="of its peak (%)")
-    return context, device, ratio, share, size, vocabulary
+    dtype = mo.ui.dropdown(["fp32", "bf16", "fp16"], value="bf16", label="products in")
+    optimizer = mo.ui.dropdown(["adamw", "galore", "muon"], value="adamw", label="optimizer")
+    recompute = mo.ui.switch(label="activation checkpointing")
+    return context, device, dtype, optimizer, ratio, recompute, share, size, vocabulary
 
 
 @app.cell
-def _(chosen, context, device, folder, ratio, share, size, vocabulary):
+def _(chosen, context, device, dtype, folder, optimizer, ratio, recompute, share, size, vocabulary):
     def _costs():
         rate = reached(Path(folder.value), chosen.value) if device.value == MEASURED else PEAK_FLOPS[device.value] * share.value / 100
         configs = {name: GPTConfig.of_size(name, vocab_size=vocabulary.value, block_size=context.value) for name in SIZES}
         rows = []
         for name, config in configs.items():
             n, each = count_parameters(config), flops_per_token(config)
-            rows.append((name, f"{n:,}", f"{each:.2e}", f"{ratio.value * n:.1e}", figures.duration(ratio.value * n * each / rate)))
+            rows.append((name, f"{n:,}", f"{each:.2e}", f"{ratio.value * n:.1e}", duration(ratio.value * n * each / rate)))
         head = ["size", "parameters", "FLOPs per token", "tokens", f"time at {rate:.2g} FLOP/s"]
-        return mo.vstack([mo.Html(figures.table(head, rows, lambda i, j: 0.2 * (rows[i][0] == size.value)))])
+        kept = {"dtype": dtype.value, "optimizer": optimizer.value, "activation_checkpointing": recompute.value}
+        kept["device"] = "cpu" if device.value == MEASURED else "cuda"
+        parts = {b: gpt_train.memory_of(configs[size.value], Setting(b, **kept)) for b in (1, 2, 4, 8, 16, 32, 64)}
+        named = {f"micro-batch {b}, at most {p['peak'] / 1e9:.3g} GB": p for b, p in parts.items()}
+        bars = {name: {part: n / 1e9 for part, n in p.items() if part != "peak"} for name, p in named.items()}
+        figure = figures.draw_bars(bars, "memory by part while training (GB); not all of it at one moment")
+        table = figures.table(head, rows, lambda i, j: 0.2 * (rows[i][0] == size.value))
+        return mo.vstack([mo.Html(table), mo.Html(figures.as_html(figure, "memory by part for several micro-batches"))])
 
-    _controls = mo.hstack([size, vocabulary, context, ratio, device, share], justify="start", gap=2, wrap=True)
+    _controls = [size, vocabulary, context, ratio, device, share, dtype, optimizer, recompute]
+    _controls = mo.hstack(_controls, justify="start", gap=2, wrap=True)
     mo.vstack([mo.md("## 4. Scaling"), _controls, or_why_not(_costs)])
     return
 

@@ -215,11 +215,3 @@ def surprise(pieces: list[tuple[str, str, float]]) -> str:
 def progress(name: str, n_steps: int, step: int, told: str) -> str:
     """A bar and a line about a training."""
     return f'<div><progress value="{step}" max="{n_steps}"></progress> <code>{html.escape(name)}</code>: {html.escape(told)}</div>'
-
-
-def duration(seconds: float) -> str:
-    """A time for people: 40 s, 3.5 h, 12 days."""
-    for unit, length, upto in (("s", 1, 120), ("min", 60, 120), ("h", 3600, 72), ("days", 86400, 730)):
-        if seconds < upto * length:
-            return f"{seconds / length:.3g} {unit}"
-    return f"{seconds / 86400 / 365.25:,.3g} years"

@@ -112,6 +112,12 @@ def test_long_times_are_minutes_and_figures_leave_nothing_behind():
     assert plt.get_fignums() == []
 
 
+def test_stacked_bars_are_as_long_as_their_parts():
+    figure = figures.draw_bars({"a": {"x": 1.0, "y": 2.0}, "b": {"x": 3.0, "y": 0.5}}, "memory (GB)")
+    boxes = [(bar.get_x(), bar.get_width()) for bar in figure.axes[0].patches]
+    assert boxes == [(0, 1), (0, 3), (1, 2), (3, 0.5)] and figure.axes[0].get_xlabel() == "memory (GB)"
+
+
 def test_text_of_any_script_is_drawn_without_a_warning(recwarn):
     maps = np.full((3, 2, 2), 0.5)
     figures.as_html(figures.draw_attention(maps, ["\u4eba$x", "\u0627_{"], 0, 2), "attention")
@@ -122,13 +128,6 @@ def test_tables_and_texts_escape_what_they_show():
     shown = figures.table(["<a>"], [["<script>"]]) + figures.paragraph("<script>") + figures.surprise([("<script>", '"><b', 1.5)])
     assert "<script>" not in shown and shown.count("&lt;script&gt;") == 3 and '"><b' not in shown and "1.50 nats" in shown
     assert "<b>" not in figures.progress("<b>", 10, 5, "<b>")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "told"), [(40, "40 s"), (180, "3 min"), (3.5 * 3600, "3.5 h"), (86400 * 12, "12 days"), (1e9, "31.7 years")]
-)
-def test_durations_are_told_in_the_unit_that_fits(seconds, told):
-    assert figures.duration(seconds) == told
 
 
 def test_runs_are_listed_newest_first_and_a_folder_without_any_is_a_sentence(notebook, tmp_path):
@@ -397,6 +396,7 @@ def test_the_page_in_a_browser(tmp_path):
         page.send("Page.addScriptToEvaluateOnNewDocument", source=HELPERS)
         page.send("Page.navigate", url=f"http://127.0.0.1:{port}/")
         curves, schedule, small = "curves of the chosen runs", "learning rate over the steps", "losses of the small runs"
+        memory = "memory by part for several micro-batches"
 
         # it opens, and the curve of the run that goes on moves without a reload
         before = wait_for(lambda: page.js(f"drawn('{curves}')"), "the curves of the live run")
@@ -423,6 +423,9 @@ def test_the_page_in_a_browser(tmp_path):
         before = page.js(f"drawn('{schedule}')")
         press(page, "warmup (steps)", "ArrowRight")
         wait_for(lambda: page.js(f"drawn('{schedule}')") not in ("", before), "the schedule to change")
+        before = page.js(f"drawn('{memory}')")
+        page.js("find(e => e.tagName == 'MARIMO-SWITCH').shadowRoot.querySelector('[role=switch]').click()")
+        wait_for(lambda: page.js(f"drawn('{memory}')") not in ("", before), "the memory to change with activation checkpointing")
         # next tokens as one types, and a text longer than the context of 32
         wait_for(lambda: page.js("!!drawn('attention of the heads')"), "attention")
         write(page, "text, read as you type", "textarea", "The value of the name of the file")
