@@ -5,7 +5,7 @@ See it learn: a page in the browser that follows runs, trains small ones, looks 
     marimo edit notebook.py          # the same page with its code, to change it
     python notebook.py               # all cells from top to bottom without a page: does everything work here?
 
-It looks for runs in ./runs, and makes a tiny one there (runs/notebook-first, half a minute on two CPU cores) where there is none.
+It looks for runs in ./runs, and makes a tiny one there (runs/notebook-first, less than a minute on two CPU cores) where there is none.
 Training is always pretraining_advanced.py in a process of its own, and what is drawn comes from the functions that trainers use.
 """
 
@@ -170,7 +170,7 @@ def _():
             trainings["notebook-first"] = Training(RUNS / "notebook-first", small_run(steps=200)[1])
             if mo.app_meta().mode == "script":  # nobody looks again later
                 trainings["notebook-first"].process.wait()
-            return mo.md(f"There was no run in `{RUNS}`: a tiny one is trained now, `runs/notebook-first`, which takes half a minute.")
+            return mo.md(f"There was no run in `{RUNS}`: a tiny one is trained now, `runs/notebook-first`, in less than a minute.")
 
     _what = """# See it learn
     What runs write to disk, drawn while they go on; small models, trained with settings of your choice; what goes on inside a
