@@ -491,6 +491,16 @@ def plot_run(run_dir, vocab_size: int | None = None) -> None:
 # ---------------------------------------------------------------------------------- sampling from a checkpoint
 
 
+def shell(config: GPTConfig) -> GPT:
+    """A GPT without memory, to be filled with load_state_dict(..., assign=True)."""
+    normal_, nn.init.normal_ = nn.init.normal_, lambda tensor, *_, **__: tensor
+    try:  # random numbers for what has no memory: torch imports its compiler for it, a second of every start
+        with torch.device("meta"):
+            return GPT(config)
+    finally:
+        nn.init.normal_ = normal_
+
+
 def load_model(path, device) -> tuple[GPT, Tokenizer, dict]:
     """
     Model in eval mode, tokenizer and trainer state of a run folder's newest good checkpoint, or of one checkpoint.
@@ -505,8 +515,7 @@ def load_model(path, device) -> tuple[GPT, Tokenizer, dict]:
         shape_of(tensors, asdict(config))  # before a model is built, of whatever size the configuration claims
         if len(tensors) != 12 * config.n_layer + (4 if config.tied else 5):
             raise ValueError(f"{len(tensors)} tensors are too many or too few")
-        with torch.device("meta"):
-            model = GPT(config)
+        model = shell(config)
         model.load_state_dict(tensors, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise ValueError(f"{folder}: the weights are not those of a GPT of this project ({error_line(e)[:200]})") from e

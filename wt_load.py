@@ -34,7 +34,7 @@ from typing import Literal
 import torch
 import tyro
 
-from gpt_train import GPT, SIZES, GPTConfig, count_parameters, load_model
+from gpt_train import GPT, SIZES, GPTConfig, count_parameters, load_model, shell
 from parts import formats
 from parts.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, read_state, save_checkpoint, step_of, verify_checkpoint
 from parts.config import parse
@@ -196,8 +196,8 @@ def _same_arithmetic(settings: dict, path) -> None:
 
 
 def _fitting(weights: Weights, where) -> Weights:
-    with torch.device("meta"):  # all blocks are alike, and ten thousand would be built for minutes
-        expected = {name: tuple(t.shape) for name, t in GPT(replace(weights.config, n_layer=1)).state_dict().items()}
+    # all blocks are alike, and ten thousand would be built for minutes
+    expected = {name: tuple(t.shape) for name, t in shell(replace(weights.config, n_layer=1)).state_dict().items()}
     block = {name.removeprefix("h.0."): expected.pop(name) for name in list(expected) if name.startswith("h.0.")}
     expected |= {f"h.{i}.{name}": shape for i in range(weights.config.n_layer) for name, shape in block.items()}
     if wrong := formats.differences(weights.tensors, expected):
@@ -208,8 +208,7 @@ def _fitting(weights: Weights, where) -> Weights:
 def load_gpt(source: str, n_head: int | None = None) -> GPT:
     """The model of weights from anywhere, in fp32 and eval mode, on the CPU. Never more memory than its weights and one tensor."""
     weights = open_weights(source, n_head)
-    with torch.device("meta"):
-        model = GPT(weights.config)
+    model = shell(weights.config)
     model.load_state_dict({name: weights.tensors[name].read().float() for name in model.state_dict()}, assign=True)
     return model.eval()
 

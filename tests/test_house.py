@@ -10,7 +10,7 @@ SCRIPTS = ["pretraining_simple.py", "pretraining_advanced.py", "prep_dataset.py"
 BUDGETS = {  # lines; raising one is a decision, with its reason in the commit
     "pretraining_simple.py": 258,
     "pretraining_advanced.py": 775,
-    "gpt_train.py": 635,
+    "gpt_train.py": 640,
     "wt_load.py": 600,
     "prep_dataset.py": 550,
     "test_smollm.py": 300,
