@@ -136,6 +136,19 @@ ROWS = [
 
 # (word, what it means, a file in which it stands)
 WORDS = [
+    ("compile", "torch.compile: making one fast kernel of many small operations, before the first step", "parts/parallel.py"),
+    ("document", "one text of the corpus: a book, a web page, a row of a table", "prep_dataset.py"),
+    ("head",
+     "the matrix that turns the last embeddings into scores of all tokens; an attention head is one of several attentions side by side",
+     "gpt_train.py"),
+    ("HellaSwag", "questions about everyday scenes with four endings each, of which one is right; guessing gives 0.25", "gpt_train.py"),
+    ("hub", "huggingface.co, from where models and texts are downloaded", "prep_dataset.py"),
+    ("kernel", "the piece of machine code that does one operation on the device", "gpt_train.py"),
+    ("optimizer", "what turns gradients into a change of the parameters", "README.md"),
+    ("seed", "the number that randomness starts from: the same seed gives the same run", SIMPLE),
+    ("target", "the token to be predicted at a position: the one that follows; -100 stands for none", SIMPLE),
+    ("tokenizer", "what cuts text into tokens, and puts it together again", SIMPLE),
+    ("torchrun", "torch's program that starts one script several times and tells each process its rank", ADVANCED),
     ("activation",
      "a number that a layer computes from its input, kept until the backward pass needs it; most of the memory of a training", ADVANCED),
     ("AdamW",
@@ -167,7 +180,7 @@ WORDS = [
     ("end-of-text", "the token that stands between documents", "gpt_train.py"),
     ("epoch", "one pass over the whole training text", SIMPLE),
     ("FLOPs", "floating-point operations; training costs about six per parameter and token", "gpt_train.py"),
-    ("fingerprint", "a short hash: two things with equal fingerprints are equal", "prep_dataset.py"),
+    ("fingerprint", "a short hash: what has the same fingerprint is the same", "prep_dataset.py"),
     ("FSDP", "fully sharded data parallel: as DDP, but each process keeps only a slice of weights, gradients and moments", "README.md"),
     ("GaLore", "an optimizer that keeps the moments of a matrix in a small subspace of its gradient, for less memory", "parts/optim.py"),
     ("GELU", "the bend between the two products of the MLP; without one, two matrices would be no more than one", "gpt_train.py"),
