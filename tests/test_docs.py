@@ -381,6 +381,7 @@ def test_blocks_are_commands_code_a_yaml_file_or_what_is_printed():
             assert isinstance(yaml.safe_load(block), dict)
         for block in blocks(text, "python"):
             assert re.match(r"# \w+\.py\n", block), "its first line names the file, so that the commands below can run it"
+            assert max(map(len, block.splitlines())) <= 140 and block.isascii(), name
 
 
 def guide_maker():
