@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -17,7 +18,6 @@ import zipfile
 import pytest
 import torch
 from conftest import GPT2_CACHE, ROOT, shared
-from test_gpt import as_transformers
 from test_scoring import raw_item
 from test_tf_bundle import save as save_bundle
 from test_wt_load import as_run, gpt
@@ -28,8 +28,9 @@ import pretraining_advanced
 import pretraining_simple
 import wt_load
 from gpt_train import GPT, GPTConfig
+from parts import corpus
 from parts.meter import read_metrics
-from parts.tokenizers import byte_tokenizer
+from parts.tokenizers import byte_tokenizer, gpt2_tokenizer
 
 DOCS = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
@@ -96,24 +97,31 @@ WORDS = "the old man and a small dog went down to the sea where ships of every k
 
 
 def prose(n: int, lines: int) -> str:
-    return "\n\n".join(" ".join(WORDS[(i * (n + 2) + j * (i % 7 + 3)) % len(WORDS)] for j in range(9)) + f" {i}." for i in range(lines))
+    return "\n\n".join(" ".join(WORDS[(i * (n + 2) + j * (i % 7 + 3)) % len(WORDS)] for j in range(9)) + f" {n}.{i}" for i in range(lines))
 
 
-def prepared(folder, text: str) -> None:
+def prose_with_validation(lines: int) -> str:
+    """A short text of which a passage is held out, as it would be of a long one."""
+    texts = (prose(n, lines) for n in itertools.count())
+    return next(text for text in texts if any(corpus.in_validation(passage, 0.01) for passage in corpus.PASSAGE.findall(text)))
+
+
+def prepared(folder, text: str, monkeypatch) -> None:
     """Everything that a reader of these lines has: the project, texts, books, weights of others, and runs that earlier lines made."""
     for path in [*ROOT.glob("*.py"), *(ROOT / name for name in ("parts", "configs", "benchmarks", "docs", "tests"))]:
         (folder / path.name).symlink_to(path)
     for name in ("my_texts", "RAW", "gutenberg_preprocessed/raw"):
         (folder / name).mkdir(parents=True)
+    (folder / "my_texts/text_0.txt").write_text(prose_with_validation(1000), encoding="utf-8")
     for n in range(3):
-        (folder / f"my_texts/text_{n}.txt").write_text(prose(n, 3000), encoding="utf-8")
+        (folder / f"my_texts/text_{n + 1}.txt").write_text(prose(n, 300), encoding="utf-8")
         (folder / f"RAW/book_{n}.txt").write_text(f"THE SEA, VOLUME {n}\n\n{prose(n, 100)}", encoding="utf-8")
     for number in (11, 84, 1342):  # downloaded before: what is there is not fetched again
         (folder / f"gutenberg_preprocessed/raw/pg{number}.txt").write_text(prose(number, 200), encoding="utf-8")
     with zipfile.ZipFile(folder / "books.zip", "w") as archive:
         archive.writestr("more/book_9.txt", prose(9, 100))
     (folder / "opening.txt").write_text("It was a dark and stormy night.", encoding="utf-8")
-    (folder / "book.txt").write_text(prose(5, 100), encoding="utf-8")
+    (folder / "book.txt").write_text(prose(5, 30), encoding="utf-8")
     for subset in ("cosmopedia-v2", "fineweb-edu-dedup"):
         file = folder / f"HuggingFaceTB/smollm-corpus/{subset}/train.jsonl"
         file.parent.mkdir(parents=True)
@@ -125,8 +133,10 @@ def prepared(folder, text: str) -> None:
     if "models/124M" in text:
         openais_files(folder / "models/124M")
     if "hf:gpt2" in text:
-        config = GPTConfig(n_layer=1, n_head=2, n_embd=16)  # GPT-2's vocabulary and context, and little else
-        as_transformers(GPT(config)).save_pretrained(folder / "hub/models--gpt2/snapshots/abc")
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared("data/gpt2/tiktoken_cache")))
+        small = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16))  # GPT-2's vocabulary and context, and little else
+        run = as_run(small, folder / "small", gpt2_tokenizer())
+        wt_load.main(wt_load.ExportConfig(str(run), ("hf", str(folder / "hub/models--gpt2/snapshots/abc"))))
         (folder / "hub/models--gpt2/refs").mkdir()
         (folder / "hub/models--gpt2/refs/main").write_text("abc", encoding="utf-8")
 
@@ -174,7 +184,7 @@ def test_every_command_runs_as_it_stands(part, tmp_path, monkeypatch, capsys):
     text = PARTS[part]
     if re.search(r"hf:gpt2|prep_dataset.py smollm", text):
         shared("data/gpt2/tiktoken_cache")  # GPT-2's vocabulary
-    prepared(tmp_path, text)
+    prepared(tmp_path, text, monkeypatch)
     for block in blocks(DOCS[part.partition(":")[0]], "python"):
         (tmp_path / block.split()[1]).write_text(block, encoding="utf-8")
     lines = [line for line, needs in TO_RUN[part] if not needs]
