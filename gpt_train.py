@@ -9,7 +9,7 @@ Reads a run folder (its newest good checkpoint) or one checkpoint folder; prints
 Sampling 200 tokens from the default laptop model takes about a second on two CPU cores.
 
 The model is GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), weight for
-weight, so that published checkpoints fit: its logits equal those of transformers' GPT2LMHeadModel.
+weight, so that published checkpoints fit: its logits (a score for every next token) equal those of transformers' GPT2LMHeadModel.
 Shapes, here and in every file: B rows, T positions, C width (n_embd), H heads, D head_dim, V vocabulary, L layers.
 """
 
@@ -59,10 +59,10 @@ class GPTConfig:
     vocab_size: int = 50257  # V, tokens
     block_size: int = 1024  # longest T the model can read, tokens
     n_layer: int = 12  # L, blocks
-    n_head: int = 12  # H, attention heads per block
-    n_embd: int = 768  # C, width of the residual stream
+    n_head: int = 12  # H, attention heads per block: attentions side by side
+    n_embd: int = 768  # C, width of the residual stream: the numbers per position that blocks read and add to
     dropout: float = 0.0  # share of activations zeroed while training
-    tied: bool = True  # the output head is the token embedding itself; False: a matrix of its own, as some imported weights have
+    tied: bool = True  # the output head (it makes the scores) is the token embedding; False: a matrix of its own, as some imports have
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -97,7 +97,7 @@ SIZES = {
 
 
 class LayerCache:
-    """Keys and values, each (B, H, T, D), of the positions one attention layer has already seen; room for `capacity` of them."""
+    """For sampling (read CausalSelfAttention first): keys and values, (B, H, T, D), of the positions seen; room for `capacity`."""
 
     def __init__(self, capacity: int):
         self.capacity, self.n, self.k, self.v = capacity, 0, None, None
@@ -164,7 +164,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Four times wider and back, position by position, with the tanh form of GELU that GPT-2 was trained with."""
+    """Four times wider and back, position by position, with the tanh form of GELU (a bend without a corner) that GPT-2 was trained with."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -371,7 +371,7 @@ def stream(model, ids, max_new_tokens, *, temperature=1.0, top_k=None, top_p=Non
     """
     The tokens that follow ids (B, T) int64, as they are sampled: up to `max_new_tokens` times (B, 1).
 
-    temperature 0 is greedy; top_k keeps the k likeliest tokens, top_p the smallest set whose probability reaches p
+    temperature 0 is greedy (always the likeliest); top_k keeps the k likeliest tokens, top_p the smallest set whose probability reaches p
     (Holtzman et al. 2020). A row that has produced `stop_token` is filled up with it; it ends when all have. `n_ids`: only
     ids below it are sampled, where the model has more of them than the tokenizer. `seed` fixes the result; the global random
     state is neither read nor changed, so sampling cannot disturb training.

@@ -1,5 +1,5 @@
 """
-Pretrain a GPT on token shards, on a laptop or on many GPUs; kill it whenever you like, the same line goes on with the same bits.
+Pretrain a GPT on token shards (files of token ids), on a laptop or many GPUs; kill it at will, the same line goes on with the same bits.
 
     python pretraining_advanced.py --config configs/laptop.yaml                       # two CPU cores, minutes
     python pretraining_advanced.py --config configs/gpt2-124m.yaml                    # one GPU
@@ -63,7 +63,7 @@ class TrainConfig:
 
     config: str | None = None  # YAML file of these settings, which stand under those of the line
     # data
-    dataset_name: str = "HuggingFaceTB/smollm-corpus"  # name on the hub, path of a folder or file, or a folder of token shards
+    dataset_name: str = "HuggingFaceTB/smollm-corpus"  # name on huggingface.co, path of a folder or file, or a folder of token shards
     dataset_subset: str | None = None  # such as cosmopedia-v2:0.7,fineweb-edu-dedup:0.3; None: cosmopedia-v2 of smollm-corpus, else all
     text_field: str | None = None  # column with the text; None: text, else content
     tokenizer: str = "gpt2"  # gpt2, bpe, bpe:8192, bytes, or a tokenizer.json
@@ -74,7 +74,7 @@ class TrainConfig:
     # length and batches
     n_epochs: float | None = None  # passes over the text; None: 1, unless max_steps is given
     max_steps: int | None = None  # optimizer steps; the run ends here or at n_epochs, whichever is first
-    batch_size: int = 32  # rows per micro-batch on each rank
+    batch_size: int = 32  # rows per micro-batch (what goes through the model at once) on each rank (process of torchrun)
     grad_accum_steps: int = 1  # micro-batches per step on each rank
     # model
     model_size: str = "124M"  # nano, micro, mini, small, 124M, 355M, 774M or 1558M
@@ -87,10 +87,10 @@ class TrainConfig:
     max_lr: float = 5e-4  # learning rate after the warmup
     min_lr: float | None = None  # learning rate at the end; None: a tenth of max_lr
     warmup_steps: int | None = None  # steps until max_lr is reached; None: a tenth of the run, 2000 at most
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # from max_lr to min_lr
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # from max_lr to min_lr; wsd: warmup, stable, decay
     weight_decay: float = 0.1  # on matrices only
-    max_grad_norm: float = 1.0  # clip the global norm of the gradient; 0: do not
-    optimizer: Literal["adamw", "galore", "galore8bit", "muon"] = "adamw"  # all but adamw: for the matrices of the blocks
+    max_grad_norm: float = 1.0  # clip the global norm (the length) of the gradient; 0: do not
+    optimizer: Literal["adamw", "galore", "galore8bit", "muon"] = "adamw"  # parts/optim.py; all but adamw: for the matrices of the blocks
     galore_rank: int = 128  # rank of GaLore's subspace
     galore_update_gap: int = 200  # steps between two choices of the subspace
     galore_scale: float = 0.25  # GaLore's update is multiplied by this
@@ -113,7 +113,7 @@ class TrainConfig:
     # machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"  # auto: ddp where torchrun started several; fsdp: the model in slices
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of the products; weights and sums are fp32 always
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of the numbers in matrix products; weights and sums are fp32 always
     compile: bool = False  # torch.compile each block
     activation_checkpointing: bool = False  # recompute the blocks in the backward pass: less memory, a third more time
     cpu_offload: bool = False  # under fsdp on GPUs: weights and optimizer state lie in the CPU's memory; slower, for models that fit no GPU
@@ -686,14 +686,14 @@ def tell_what_runs(job: Job, config: TrainConfig, parallel: Parallel, rows_per_s
     c, T, fits = job.facts["model_config"], config.context_length, True
     one = checkpoint_bytes(job, config)
     lines = [f"disk: {gb(one)} a checkpoint, {gb(one * (config.keep_last + 2))} for those that are kept and the one being written"]
-    if "n_head" in c:
+    if isinstance(job.model, GPT):
         model_lines, fits = plan_lines(GPTConfig(**c), setting_of(config, parallel, accum), config.plan_memory_gb, config.galore_rank)
         lines = model_lines + lines
     if config.optimizer != "adamw":
         mine, full = (predicted_state_bytes(job.model, job.blocks, kind, config.galore_rank) for kind in (config.optimizer, "adamw"))
         note = " (moments in 8 bits need less still)" if config.optimizer == "galore8bit" else ""
         lines.append(f"{config.optimizer}: {mine:,} bytes of optimizer state, {mine / full:.3f} of AdamW's {full:,}{note}")
-    if "n_head" in c and not config.plan_memory_gb:
+    if isinstance(job.model, GPT) and not config.plan_memory_gb:
         kernel = attention_kernel(c["n_head"], c["n_embd"] // c["n_head"], T, parallel.device, parallel.dtype, config.dropout)
         if attends_in_products(parallel.device, parallel.dtype, T, config.dropout):
             kernel = "two products and a softmax, faster than torch's kernel here"
@@ -709,12 +709,13 @@ def tell_what_runs(job: Job, config: TrainConfig, parallel: Parallel, rows_per_s
 def show_plan(config: TrainConfig, parallel: Parallel) -> None:
     """Print what this run would take, its time from a few real steps on random tokens. Nothing is written, no text is tokenised."""
     B, T, accum, world = config.batch_size, config.context_length, config.grad_accum_steps, parallel.world
+    building = torch.device("meta") if config.plan_memory_gb else parallel.building()  # for another device: shapes without memory
     if (folder := prepare_tokens(SmollmConfig(**tokens_asked_for(config)), build=False)).exists():
-        job = gpt_job(config, parallel.building())
+        job = gpt_job(config, building)
         resolve_length(config, {}, job.train_batches.n_windows, B * accum * world)
     else:
         c = model_shape(config, vocabulary_of(config.tokenizer))
-        with parallel.building():
+        with building:
             job = Job(GPT(c), None, None, gpt_loss, (Block,), flops_per_token(c), {"model_config": asdict(c)})
         say(f"{folder}: not made yet; the length of an epoch is known when the text is tokenised", parallel)
     done = checkpoint.list_checkpoints(config.output_dir) if config.resume == "auto" else []

@@ -1,5 +1,6 @@
 """
-Pretrain a GPT on books, from random weights, in one file that reads from top to bottom.
+Pretrain a GPT on books, from random weights, in one file that reads from top to bottom. A GPT guesses the next token of a text
+(a word or a piece of one) from those before it. Words that are new here are explained in docs/reading-guide.md.
 
     python pretraining_simple.py                                  # everything chosen for this machine
     python pretraining_simple.py --data_dir my_texts --n_epochs 3 # your own folder of .txt files
@@ -54,13 +55,13 @@ class SimpleConfig:
     n_epochs: int | None = None  # passes over the training text; the run ends here or at max_steps, whichever is first
     max_steps: int | None = None  # optimizer steps
     batch_size: int | None = None  # rows per step, each of context_length tokens
-    lr: float | None = None  # highest learning rate, after the warmup
+    lr: float | None = None  # highest learning rate (the size of a step), after the warmup in which it grows from 0
     eval_freq: int = 200  # steps between two evaluations of the whole validation text
     print_sample_iter: int = 200  # steps between two samples
     save_ckpt_freq: int = 1000  # steps between two checkpoints; the last step is always saved
     model_size: str | None = None  # nano, micro, mini, small, 124M, 355M, 774M or 1558M
     context_length: int | None = None  # tokens the model can see at once
-    tokenizer: str = "auto"  # auto, gpt2, bpe, bpe:8192, bytes, or a tokenizer.json; auto: gpt2 on a GPU, else bpe
+    tokenizer: str = "auto"  # cuts text into tokens: auto, gpt2, bpe, bpe:8192, bytes, a tokenizer.json; auto: gpt2 on a GPU, else bpe
     seed: int = 123  # same seed, same run on one CPU
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     plan: bool = False  # print parameters, memory and time of this run, and end; nothing is fetched or written
@@ -120,7 +121,7 @@ def train_batches(tokens, batch_size: int, T: int, seed: int):
 
 
 def val_batches(tokens, batch_size: int, T: int) -> list:
-    """All (inputs, targets) of the validation text in order, the last row filled up with targets -100."""
+    """All (inputs, targets) of the validation text in order, the last row filled up with targets -100, which the loss leaves out."""
     missing = -(len(tokens) - 1) % T
     inputs = F.pad(tokens[:-1].long(), (0, missing)).view(-1, T)  # (N, T)
     targets = F.pad(tokens[1:].long(), (0, missing), value=-100).view(-1, T)  # (N, T)
@@ -159,7 +160,7 @@ def main(config: SimpleConfig) -> int:
     model_config = GPTConfig.of_size(config.model_size, vocab_size=tokenizer.vocab_size, block_size=T)
     model = GPT(model_config).to(device)
     decayed = [p for p in model.parameters() if p.ndim >= 2]  # matrices; decaying biases and norms does no good
-    others = [p for p in model.parameters() if p.ndim < 2]
+    others = [p for p in model.parameters() if p.ndim < 2]  # weight decay draws a weight towards 0
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=device.type != "mps")
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_share(step, n_steps))
@@ -199,7 +200,7 @@ def main(config: SimpleConfig) -> int:
             inputs, targets = next(batches)  # (B, T) each
             loss = calc_loss_batch(inputs, targets, model, device)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one odd batch must not throw the weights far
             optimizer.step()
             optimizer.zero_grad()
             lr = scheduler.get_last_lr()[0]

@@ -22,7 +22,7 @@ MEASURED = ("README.md", "docs/benchmarks.md")  # looked through in this order f
 #  the place that replaces them: (file, a text in it), what that adds, pattern of a figure or "")
 ROWS = [
     ('"""\nPretrain a GPT on books', 'end at a validation loss of 4.61 nats, 1.90 bits per byte.\n"""',
-     "what the script is, and how to start it", (ADVANCED, "Pretrain a GPT on token shards, on a laptop"),
+     "what the script is, and how to start it", (ADVANCED, "Pretrain a GPT on token shards (files of token ids)"),
      "text of any size, many GPUs, and the same line goes on after a kill",
      r"[\d.]+ bits per byte after 1,400 steps, [\w ]+ from start to end"),
     ("from __future__ import annotations", "    quiet_ctrl_c()\n", "Ctrl-C during the imports leaves no traceback",
