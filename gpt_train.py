@@ -4,8 +4,9 @@ The GPT that every script here trains, and the helpers around it: loss, evaluati
     python gpt_train.py --checkpoint runs/simple --prompt "It was a dark"      # sample from a trained run
     python gpt_train.py --checkpoint runs/simple --num_samples 3 --temperature 0.7 --top_k 50 --seed 1
     python gpt_train.py --checkpoint runs/simple --eval book.txt               # or score it; --help lists the rest
+    python gpt_train.py --compare runs/simple runs/simple-1                    # runs beside each other; writes compare.png
 
-Reads a run folder (its newest good checkpoint) or one checkpoint folder; prints and writes nothing.
+Reads a run folder (its newest good checkpoint) or one checkpoint folder; prints, and otherwise writes nothing.
 Sampling 200 tokens from the default laptop model takes about a second on two CPU cores.
 
 The model is GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), weight for
@@ -35,6 +36,7 @@ import torch.nn.functional as F
 
 from parts import plan, scoring
 from parts.checkpoint import load_checkpoint, newest_checkpoint, write_file
+from parts.compare import compare
 from parts.config import parse
 from parts.formats import shape_of
 from parts.launch import error_line, run_script
@@ -43,7 +45,7 @@ from parts.objectives import cross_entropy_of_head, head_bytes
 from parts.optim import state_bytes_of
 from parts.parallel import choose_dtype, pick_device
 from parts.plan import Setting, count_parameters, flops_per_token  # noqa: F401  others look for them here
-from parts.plots import draw_losses
+from parts.plots import draw_losses, draw_runs
 from parts.products import Linear, product
 from parts.shards import Shards, read_index
 from parts.tokenizers import Tokenizer
@@ -144,9 +146,7 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         H, D = self.n_head, C // self.n_head
         q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
-        q = q.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
-        k = k.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
-        v = v.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
+        q, k, v = [t.view(B, T, H, D).transpose(1, 2) for t in (q, k, v)]  # each (B, H, T, D)
         seen = 0
         if cache is not None:
             seen = len(cache)
@@ -471,8 +471,7 @@ def plot_losses(steps, tokens_seen, train_losses, val_losses, path, *, xlabel="o
     uniform_loss: ln(V), drawn as a dotted line, is what guessing evenly costs. Needs no display. Returns the path.
     """
     path = Path(path)
-    kind = path.suffix.lstrip(".") or "png"
-    write_file(path, draw_losses(steps, tokens_seen, train_losses, val_losses, xlabel, uniform_loss, kind))
+    write_file(path, draw_losses(steps, tokens_seen, train_losses, val_losses, xlabel, uniform_loss, path.suffix[1:] or "png"))
     return path
 
 
@@ -541,6 +540,7 @@ class SampleConfig:
     top_p: float | None = None  # keep the likeliest tokens up to this probability, in (0, 1]; None keeps all
     seed: int = 0  # same seed, same samples on one device
     eval: str | None = None  # score this instead: a folder of token shards, a text file or folder, hellaswag, or hellaswag:FILE
+    compare: tuple[str, ...] | None = None  # two to eight run folders, such as runs/a runs/b: a table of them, and compare.png here
     stride: int | None = None  # tokens between two windows of --eval; None: the whole context, so that each is read once
     batch_size: int = 8  # windows scored at once; changes no figure
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the weights while sampling or scoring
@@ -611,7 +611,11 @@ def score(model, tokenizer, device, config: SampleConfig) -> None:
 
 
 def main(config: SampleConfig) -> None:
-    """Print continuations of the prompt, or the figures of --eval."""
+    """Print continuations of the prompt, the figures of --eval, or the table of --compare."""
+    if config.compare is not None:
+        text, *picture = compare(config.compare, read_metrics, lambda shape: count_parameters(GPTConfig(**shape)))
+        write_file("compare.png", draw_runs(*picture))
+        return print(f"{text}\n\ncompare.png: their losses against {picture[1]}")
     for name in ("num_samples", "max_new_tokens", "batch_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name}: {getattr(config, name)} is out of range; give 1 or more")

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import io
 
+import numpy as np
+
 
 def draw_losses(steps, tokens_seen, train_losses, val_losses, xlabel: str, uniform_loss: float | None, kind: str) -> bytes:
     """
@@ -44,6 +46,43 @@ def draw_losses(steps, tokens_seen, train_losses, val_losses, xlabel: str, unifo
             top = axes.secondary_xaxis("top", functions=(lambda s: s * per_step, lambda t: t / per_step))
             top.set_xlabel("tokens seen")
             top.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1.5M, not 1.5 under a distant 1e6
+    return _image(figure, kind)
+
+
+def draw_runs(curves, xlabel: str) -> bytes:
+    """
+    A PNG image of several runs' losses over each other.
+
+    curves: one (name, (x, training losses), (x, validation losses)) for each run; x has the meaning of xlabel.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes, lines = figure.subplots(), []
+    for i, (_, (x, y), (val_x, val_y)) in enumerate(curves):
+        axes.plot(x, y, color=f"C{i}", alpha=0.2, linewidth=0.8)
+        lines += axes.plot(x, _centred_mean(y), color=f"C{i}", linewidth=1.8)
+        axes.plot(val_x, val_y, color=f"C{i}", linestyle=":", linewidth=1, marker="o", markersize=6, markeredgecolor="white")
+    axes.set(xlabel=xlabel, ylabel="loss (nats per token)")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(alpha=0.3)
+    names = [f" {name if len(name) <= 40 else '...' + name[-37:]}" for name, *_ in curves]  # matplotlib leaves out what begins with _
+    legend = axes.legend(lines, names, title="training, smoothed; dots: validation", title_fontsize="small", alignment="left")
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a $ is a $
+    return _image(figure, "png")
+
+
+def _centred_mean(losses) -> np.ndarray:
+    """Each loss as the mean of its neighbourhood, a fiftieth of the curve and ten points at least: it does not lag behind validation."""
+    if not losses:
+        return np.zeros(0)
+    window = np.ones(min(max(10, len(losses) // 50), len(losses)))
+    return np.convolve(losses, window, "same") / np.convolve(np.ones(len(losses)), window, "same")
+
+
+def _image(figure, kind: str) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=150)
     return buffer.getvalue()
