@@ -1,8 +1,14 @@
 """Where the real data is, if it is here at all, and how to start a script as a person does."""
 
+import contextlib
+import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -26,11 +32,75 @@ def shared(path: str) -> Path:
     return SHARED / path
 
 
-def run(script: str, *arguments, cwd, timeout=120, env=None) -> subprocess.CompletedProcess:
-    """Start a script of the project in the folder `cwd`, offline, one thread."""
+def run(script: str, *arguments, cwd, timeout=120, env=None, fresh=False) -> subprocess.CompletedProcess:
+    """
+    Start a script of the project in the folder `cwd`, offline, one thread.
+
+    In a process forked from one that has torch imported (warm.py). `fresh`: by python itself, as where `env` is for python.
+    """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **(env or {})}
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+    if fresh or any(name.startswith(("PYTHON", "MALLOC")) for name in env or {}):
+        command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+    return Warm(script, *arguments, cwd=cwd, environments=[environment]).wait(timeout)[0]
+
+
+class Warm:
+    """A script in one process for each environment, all at once, forked from tests/warm.py; one such group at a time."""
+
+    server = None
+
+    def __init__(self, script: str, *arguments, cwd, environments: list[dict]):
+        self.folder, self.command = tempfile.TemporaryDirectory(), [str(ROOT / script), *map(str, arguments)]
+        self.out, self.err = ([Path(self.folder.name, f"{kind}{n}") for n in range(len(environments))] for kind in ("out", "err"))
+        for path in (*self.out, *self.err):
+            path.touch()
+        request = {"script": self.command[0], "arguments": self.command[1:], "cwd": str(cwd), "env": environments}
+        request |= {"out": list(map(str, self.out)), "err": list(map(str, self.err))}
+        if Warm.server is None:
+            environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+            line = [sys.executable, str(ROOT / "tests/warm.py")]
+            Warm.server = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        print(json.dumps(request), file=Warm.server.stdin, flush=True)
+        self.pids = json.loads(Warm.server.stdout.readline())
+
+    def kill(self, number=signal.SIGKILL) -> None:
+        """Send each process a signal."""
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def wait(self, timeout: float) -> list[subprocess.CompletedProcess]:
+        """What came of each, as from subprocess.run."""
+        late = threading.Timer(timeout, self.kill)
+        late.start()
+        codes = json.loads(Warm.server.stdout.readline())
+        in_time = late.is_alive()
+        late.cancel()
+        out, err = ([path.read_text(encoding="utf-8") for path in paths] for paths in (self.out, self.err))
+        self.folder.cleanup()
+        if not in_time:
+            raise subprocess.TimeoutExpired(self.command, timeout, "".join(out), "".join(err))
+        return [subprocess.CompletedProcess(self.command, *result) for result in zip(codes, out, err, strict=True)]
+
+
+def ranks(script, *arguments, world: int, cwd) -> Warm:
+    """The script on `world` processes that find each other as those of torchrun do, without torchrun."""
+    numbers = [{}]
+    if world > 1:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            group = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "localhost", "MASTER_PORT": free.getsockname()[1]}
+        numbers = [{**group, "RANK": rank, "LOCAL_RANK": rank} for rank in range(world)]
+    common = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environments = [{**common, **{name: str(value) for name, value in each.items()}} for each in numbers]
+    return Warm(script, *arguments, cwd=cwd, environments=environments)
+
+
+def pytest_unconfigure():
+    """The end of the process that scripts are started from."""
+    if Warm.server:
+        Warm.server.communicate()  # ends with its input
 
 
 def one_error_line(result: subprocess.CompletedProcess, code: int) -> str:

@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, one_error_line, run
+from conftest import ROOT, one_error_line, ranks, run
 
 import pretraining_advanced
 from parts.checkpoint import load_tensors, newest_checkpoint, verify_checkpoint
@@ -56,8 +56,10 @@ def environment(**more) -> dict:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
 
 
-def start(home, name, world=1, env=None, **settings) -> subprocess.CompletedProcess:
-    """The trainer, on `world` processes."""
+def start(home, name, world=1, env=None, fresh=False, **settings) -> subprocess.CompletedProcess:
+    """The trainer, on `world` processes; more than one under torchrun."""
+    if world == 1:
+        return run("pretraining_advanced.py", *flags(name, **settings), cwd=home, timeout=180, env=env, fresh=fresh)
     line = command_line(name, world, **settings)
     return subprocess.run(line, cwd=home, capture_output=True, text=True, timeout=180, env=environment(**(env or {})), check=False)
 
@@ -85,16 +87,25 @@ def ranks_of(process) -> dict[int, int]:
 
 def stop(home, name, step, world=1, **settings) -> None:
     """Run it, and ask it politely to stop once it has done this step."""
-    with running(home, name, f"step {step} loss", world, **settings) as process:
-        for pid in ranks_of(process).values() if world > 1 else [process.pid]:
-            os.kill(pid, signal.SIGTERM)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == (75 if world == 1 else 1), err[-2000:]
+    group = ranks("pretraining_advanced.py", *flags(name, log_exact=True, **settings), world=world, cwd=home)
+    try:
+        ends = time.monotonic() + 120
+        while f"step {step} loss" not in group.out[0].read_text(encoding="utf-8"):
+            assert time.monotonic() < ends and os.path.exists(f"/proc/{group.pids[0]}"), group.err[0].read_text(encoding="utf-8")
+            time.sleep(0.005)
+        group.kill(signal.SIGTERM)
+    except BaseException:
+        group.kill()
+        raise
+    finally:
+        results = group.wait(60)
+    assert [r.returncode for r in results] == [75] * world, [r.stderr[-2000:] for r in results]
 
 
 def train(home, name, world=1, **settings):
-    result = start(home, name, world, **settings)
-    assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-3000:]
+    """The run folder of a training that has to succeed."""
+    for result in ranks("pretraining_advanced.py", *flags(name, **settings), world=world, cwd=home).wait(180):
+        assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-3000:]
     return home / "runs" / name
 
 
@@ -587,7 +598,7 @@ def cpu_seconds(call) -> float:
 def test_the_first_step_costs_little_more_than_importing_torch(home):
     train(home, "cache")  # the token cache is there
     torch_alone = cpu_seconds(lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True, env=environment()))
-    seconds = cpu_seconds(lambda: start(home, "quick", max_steps=1, print_sample_iter=1000))
+    seconds = cpu_seconds(lambda: start(home, "quick", fresh=True, max_steps=1, print_sample_iter=1000))
     print(f"{seconds:.2f} s of CPU for one step and everything around it, {torch_alone:.2f} s for torch alone")
     assert seconds < 4 * torch_alone  # evaluation, checkpoint and plot are in it too
 

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, ranks
 
 import pretraining_advanced
 from parts.batches import TrainBatches
@@ -171,13 +171,11 @@ run_script(lambda: advanced.main(parse(advanced.TrainConfig)))
 def test_what_is_bad_on_one_rank_is_left_out_on_all(home):
     script = home / "on_one_rank.py"
     script.write_text(ON_ONE_RANK.format(root=str(ROOT)), encoding="utf-8")
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     settings = {**SETTINGS, "batch_size": 2, "run_name": "one_rank"}
     flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    line, env = [sys.executable, *torchrun, str(script), *flags], {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(line, cwd=home, capture_output=True, text=True, timeout=120, env=env, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "back to step 10, without windows 48 to 59" in result.stdout
+    results = ranks(script, *flags, world=2, cwd=home).wait(120)
+    assert [r.returncode for r in results] == [0, 0], results[0].stderr[-2000:] + results[1].stderr[-2000:]
+    assert "back to step 10, without windows 48 to 59" in results[0].stdout
     assert records(home, "one_rank")[20]["val_loss"] < 5
 
 
@@ -243,19 +241,18 @@ sys.exit(advanced.main(config))
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_too_little_memory_on_one_of_two_ranks(home, parallel):
     (home / "small.py").write_text(SMALL_RANK_1, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", home / "small.py"]
-
-    def start(rows: int):
-        arguments, env = [str(rows), f"{parallel}-{rows}", parallel], {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.run([*command, *arguments], cwd=home, env=env, capture_output=True, text=True, timeout=120)
-
-    done = start(2)
-    if parallel == "fsdp":
+    if parallel == "fsdp":  # torchrun ends the rank that waits for the other
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", home / "small.py"]
+        line, env = [*command, "2", "fsdp-2", "fsdp"], {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(line, cwd=home, env=env, capture_output=True, text=True, timeout=120)
         assert done.returncode == 1 and "out of memory with micro-batches of 4 rows; the same run goes on with" in done.stderr
         return
-    assert "rank 1, step 1: out of memory with micro-batches of 4 rows; each in 2 parts" in done.stdout, done.stderr
-    assert done.stdout.count("out of memory") == 1, "the other rank splits too, from the next step on"
-    assert start(4).returncode == 0
+    first, then = (ranks(home / "small.py", rows, f"ddp-{rows}", "ddp", world=2, cwd=home).wait(120) for rows in (2, 4))
+    assert [r.returncode for r in (*first, *then)] == [0] * 4, first[0].stderr + first[1].stderr
+    assert "rank 1, step 1: out of memory with micro-batches of 4 rows; each in 2 parts" in first[1].stdout
+    assert "out of memory" not in first[0].stdout and first[1].stdout.count("out of memory") == 1, (
+        "rank 0 splits too, from the next step on"
+    )
     losses = [[r.get("train_loss") for r in records(home, f"{parallel}-{rows}")[1:]] for rows in (2, 4)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 6
     assert load_checkpoint(newest_checkpoint(home / "runs" / f"{parallel}-2"))[1]["split"] == 2
