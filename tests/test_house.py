@@ -115,26 +115,22 @@ def test_code_is_ascii_but_for_what_is_matched_in_text():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("folder", ["home", "elsewhere"])
-def test_every_script_shows_its_help_from_two_folders(script, folder, tmp_path):
-    result = run(script, "--help", cwd=ROOT if folder == "home" else tmp_path)
+def test_every_script_shows_its_help_from_its_own_folder(script):
+    result = run(script, "--help", cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert "usage:" in result.stdout and "Traceback" not in result.stderr
+    if script == "pretraining_simple.py":
+        from pretraining_simple import SimpleConfig
 
-
-def test_help_shows_every_flag_with_its_default(tmp_path):
-    out = run("pretraining_simple.py", "--help", cwd=tmp_path).stdout
-    flags = re.findall(r"--([a-z_]+)", out)
-    from pretraining_simple import SimpleConfig
-
-    assert set(SimpleConfig.__dataclass_fields__) <= set(flags)
-    assert out.count("(default:") >= len(SimpleConfig.__dataclass_fields__) - 1
+        assert set(SimpleConfig.__dataclass_fields__) <= set(re.findall(r"--([a-z_]+)", result.stdout))
+        assert result.stdout.count("(default:") >= len(SimpleConfig.__dataclass_fields__) - 1
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_scripts_start_without_the_packages_that_only_some_runs_need(script, tmp_path):
+def test_scripts_start_from_elsewhere_and_without_the_packages_that_only_some_runs_need(script, tmp_path):
     """wandb, datasets, transformers, matplotlib and galore cost seconds at every start, so --help may not import them."""
     for name in ("wandb", "datasets", "transformers", "matplotlib", "galore_torch", "tokenizers"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('not at the top of a script')", encoding="utf-8")
-    result = run(script, "--help", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    result = run(script, "--help", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})  # python itself, from another folder
     assert result.returncode == 0, result.stderr
+    assert "usage:" in result.stdout and "Traceback" not in result.stderr
