@@ -698,7 +698,8 @@ def tell_what_runs(job: Job, config: TrainConfig, parallel: Parallel, rows_per_s
         if attends_in_products(parallel.device, parallel.dtype, T, config.dropout):
             kernel = "two products and a softmax, faster than torch's kernel here"
         lines.append(f"attention: {kernel}; compiled: {'each block' if config.compile else 'no'}")
-    lines.append(f"step: {rows_per_step} x {T:,} tokens, {accum} micro-batches of {config.batch_size} rows on each process")
+    of = f"micro-batch{'es' if accum > 1 else ''} of {config.batch_size} rows"
+    lines.append(f"step: {rows_per_step} x {T:,} tokens, {accum} {of} on each process")
     if config.max_steps:
         n, epoch = config.max_steps - step, f"; {job.train_batches.n_windows:,} rows in an epoch" if job.train_batches else ""
         lines.append(f"to go: {n:,} of {config.max_steps:,} steps, {n * rows_per_step * T:,} tokens{epoch}")
