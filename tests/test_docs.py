@@ -329,7 +329,7 @@ FLAGS = {name for config in CONFIGS for field in config.__dataclass_fields__ for
 OF_OTHERS = {  # flag -> whose it is
     "nproc_per_node": "torchrun", "nnodes": "torchrun", "master_port": "torchrun", "nightly": "tests/conftest.py", "data": "benchmarks/tokenizing.py",
     "size": "benchmarks/load_weights.py", "index-url": "pip", "model": "lm_eval", "model_args": "lm_eval", "tasks": "lm_eval",
-    "include_path": "lm_eval",
+    "include_path": "lm_eval", "port": "marimo",
 }  # fmt: skip
 
 
