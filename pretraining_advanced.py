@@ -676,7 +676,7 @@ def start_run(run_dir: Path, job: Job, config: TrainConfig, parallel: Parallel) 
 def setting_of(config: TrainConfig, parallel: Parallel, accum: int) -> Setting:
     """What decides about the memory of this run's steps."""
     device = "cuda" if config.plan_memory_gb and config.device == "auto" else parallel.device.type
-    same = {name: getattr(config, name) for name in ("batch_size", "dtype", "optimizer", "activation_checkpointing")}
+    same = {name: getattr(config, name) for name in ("batch_size", "dtype", "optimizer", "activation_checkpointing", "cpu_offload")}
     copy = parallel.rank == 0
     return Setting(**same, grad_accum_steps=accum, device=device, parallel=parallel.kind, world=parallel.world, keeps_copy=copy)
 
@@ -724,10 +724,9 @@ def show_plan(config: TrainConfig, parallel: Parallel) -> None:
     fits = tell_what_runs(job, config, parallel, B * accum * world, accum, step)
     if config.plan_memory_gb or parallel.all_sum([float(fits)])[0] < world:
         return say(f"time: not measured, {'that is another device' if config.plan_memory_gb else 'it does not fit'}", parallel)
-    adamw = (config.optimizer, config.weight_decay, parallel.device, config.galore_rank)
-    model, optimizer = parallel.prepare(
-        job.model, job.blocks, lambda model: Optimizer(model, job.blocks, *adamw), config.activation_checkpointing
-    )
+    settings = (config.optimizer, config.weight_decay, parallel.device, config.galore_rank)
+    wrapping = {"activation_checkpointing": config.activation_checkpointing, "cpu_offload": config.cpu_offload}
+    model, optimizer = parallel.prepare(job.model, job.blocks, lambda model: Optimizer(model, job.blocks, *settings), **wrapping)
     ids = torch.randint(job.facts["model_config"]["vocab_size"], (B, T), device=parallel.device)
 
     def one_step(n: int) -> None:
@@ -735,8 +734,11 @@ def show_plan(config: TrainConfig, parallel: Parallel) -> None:
         gradients(job, model, optimizer, batches, B * T * n * world, {"step": 0, "split": 1}, config, parallel)
         parallel.step(optimizer, config.max_grad_norm)  # reads the norm: a GPU's work is done then
 
-    seconds = seconds_of(lambda: one_step(1))
-    seconds += (accum - 1) * max(0.0, seconds_of(lambda: one_step(2)) - seconds) if accum > 1 else 0
+    def mean(s: float) -> float:
+        return parallel.all_sum([s])[0] / world
+
+    seconds = seconds_of(lambda: one_step(1), mean)
+    seconds += (accum - 1) * max(0.0, seconds_of(lambda: one_step(2), mean) - seconds) if accum > 1 else 0
     left = f"; {duration((config.max_steps - step) * seconds)} to the end, without evaluations" if config.max_steps else ""
     how = "measured without --compile" if config.compile else "measured"
     say(f"time: {duration(seconds)} a step ({how}), {B * accum * world * T / seconds:,.0f} tokens/s{left}", parallel)

@@ -53,6 +53,7 @@ class Setting:
     device: str = "cpu"  # its type
     parallel: str = "none"  # none, ddp or fsdp
     world: int = 1  # processes
+    cpu_offload: bool = False  # weights, gradients and optimizer state lie in the CPU's memory
     keeps_copy: bool = False  # a copy of what goes into a checkpoint lies in the CPU's memory
     attends_in_products: bool = False  # attention as two products and a softmax, whose (B, H, T, T) probabilities are kept
 
@@ -96,6 +97,8 @@ def memory(config, s: Setting, optimizer_bytes: int, logits_bytes: int) -> dict[
     parts = {"weights": weights // slices, "gradients": weights // slices, "optimizer": optimizer_bytes // slices}
     parts |= {"activations": activation_bytes(config, s), "logits": logits_bytes}
     parts |= {"exchange": exchange} if exchange else {}
+    if s.cpu_offload and s.device != "cpu":
+        parts |= {"weights": 0, "gradients": 0, "optimizer": 0}
     state = parts["weights"] + parts["optimizer"] + exchange
     if copy and s.device == "cpu":
         parts["copy for checkpoints"] = copy
@@ -145,15 +148,19 @@ def duration(seconds: float) -> str:
     return f"{seconds:.2g} s"
 
 
-def seconds_of(call, at_most_s: float = 20.0, times: int = 3) -> float:
-    """Seconds that call() takes: the shortest of a few after a first one; the first one's where that takes too long to repeat."""
-    best, began = float("inf"), time.perf_counter()
+def seconds_of(call, of_all=lambda seconds: seconds, at_most_s: float = 20.0, times: int = 3) -> float:
+    """
+    Seconds that call() takes: the shortest of a few after a first one; the first one's where that takes too long to repeat.
+
+    of_all: seconds here -> one figure for all processes, which then call equally often.
+    """
+    best, total = float("inf"), 0.0
     for i in range(1 + times):
         started = time.perf_counter()
         call()
-        took = time.perf_counter() - started
-        best = min(best, took) if i > 1 else took
-        if time.perf_counter() - began + took > at_most_s:
+        took = of_all(time.perf_counter() - started)
+        best, total = min(best, took) if i > 1 else took, total + took
+        if total + took > at_most_s:
             break
     return best
 
