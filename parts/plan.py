@@ -113,8 +113,10 @@ def memory(config, s: Setting, optimizer_bytes: int, logits_bytes: int) -> dict[
 
 def ways_to_fit(s: Setting, limit: float, peak_of) -> list[str]:
     """
-    Flags with which a step takes at most `limit` bytes and is the same step: smaller micro-batches, then with less memory per row or
-    per weight. peak_of(setting) -> bytes. Empty where nothing of that suffices.
+    Flags with which a step of as many rows takes at most `limit` bytes: smaller micro-batches, which is the same step; the same with
+    blocks that are computed twice; the same with an optimizer that remembers less, which is another step.
+
+    peak_of(setting) -> bytes. Empty where nothing of that suffices.
     """
     ways = []
     for name, value in ((None, None), ("activation_checkpointing", True), ("optimizer", "galore"), ("optimizer", "muon")):
