@@ -49,7 +49,7 @@ from parts.plots import draw_losses, draw_runs
 from parts.products import Linear, product
 from parts.shards import Shards, read_index
 from parts.tokenizers import Tokenizer
-from parts.writer import free_memory
+from parts.writer import SMALL, free_memory
 
 # ---------------------------------------------------------------------------------------------------- the model
 
@@ -244,15 +244,15 @@ class GPT(nn.Module):
         return cross_entropy_of_head(x.flatten(0, 1), head, targets.flatten())
 
 
-def memory_of(config: GPTConfig, setting: Setting, galore_rank: int = 128) -> dict[str, int]:
+def memory_of(config: GPTConfig, s: Setting, galore_rank: int = 128) -> dict[str, int]:
     """Bytes that training a GPT of this shape takes, by part, with the "peak" among them; nothing is built. See parts/plan.py."""
-    C, L, s = config.n_embd, config.n_layer, setting
+    C, L, n = config.n_embd, config.n_layer, count_parameters(config)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[s.dtype]
-    matrices = [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)] * L
-    state = state_bytes_of(matrices, count_parameters(config) - 12 * L * C * C, s.optimizer, galore_rank)
+    state = state_bytes_of([(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)] * L, n - 12 * L * C * C, s.optimizer, galore_rank)
     logits = head_bytes(s.batch_size * config.block_size, C, config.vocab_size, dtype, s.device)
     in_products = attends_in_products(torch.device(s.device), dtype, config.block_size, config.dropout)
-    return plan.memory(config, replace(s, attends_in_products=in_products), state, logits)
+    s = replace(s, attends_in_products=in_products, keeps_copy=s.keeps_copy and 4 * n + state > SMALL)
+    return plan.memory(config, s, state, logits)
 
 
 def plan_lines(config: GPTConfig, setting: Setting, memory_gb: float | None = None, galore_rank: int = 128) -> tuple[list[str], bool]:

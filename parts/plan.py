@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a number in a product; weights, their gradients and moments are fp32 always
 HOLES = 0.17  # of what a step holds on a CPU: room between the blocks of a heap that keeps what is freed (0.1 to 0.3 measured)
-SMALL = 64e6  # bytes: larger checkpoints are written from a copy in memory, see parts/writer.py
 
 
 def parameters_by_part(config) -> dict[str, int]:
@@ -93,7 +92,7 @@ def memory(config, s: Setting, optimizer_bytes: int, logits_bytes: int) -> dict[
         exchange = weights  # buckets
     elif s.parallel == "fsdp":
         exchange = 2 * (head + 2 * 4 * 12 * C * C)  # whole weights, and gradients, of the embedding and two blocks
-    copy = weights + optimizer_bytes if s.keeps_copy and weights + optimizer_bytes > SMALL else 0
+    copy = weights + optimizer_bytes if s.keeps_copy else 0
     parts = {"weights": weights // slices, "gradients": weights // slices, "optimizer": optimizer_bytes // slices}
     parts |= {"activations": activation_bytes(config, s), "logits": logits_bytes}
     parts |= {"exchange": exchange} if exchange else {}
