@@ -40,10 +40,10 @@ from parts.compare import compare
 from parts.config import parse
 from parts.formats import shape_of
 from parts.launch import error_line, run_script
+from parts.machine import choose_dtype, pick_device
 from parts.meter import read_metrics
 from parts.objectives import cross_entropy_of_head, head_bytes
 from parts.optim import state_bytes_of
-from parts.parallel import choose_dtype, pick_device
 from parts.plan import Setting, count_parameters, flops_per_token  # noqa: F401  others look for them here
 from parts.plots import draw_losses, draw_runs
 from parts.products import Linear, product

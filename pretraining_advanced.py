@@ -44,9 +44,10 @@ from parts.batches import Prefetch, TrainBatches, cut, stir, val_batches
 from parts.config import parse
 from parts.guard import Guard
 from parts.launch import StopRequest, error_line, launch_facts, run_script
+from parts.machine import attention_kernel, choose_dtype, out_of_memory, why_no_compiler
 from parts.meter import Journal, Speed, memory_gib, peak_flops
 from parts.optim import Optimizer, learning_rate, predicted_state_bytes, slice_like
-from parts.parallel import Parallel, attention_kernel, choose_dtype, out_of_memory, why_no_compiler
+from parts.parallel import Parallel
 from parts.plan import duration, gb, seconds_of
 from parts.resume import DATA, must_agree, resolve_length
 from parts.shards import Shards, content_hash, read_index

@@ -80,7 +80,7 @@ def check_devices() -> str:
     import torch
 
     from gpt_train import pick_device
-    from parts.parallel import choose_dtype
+    from parts.machine import choose_dtype
 
     device = pick_device("auto")
     dtype, why = choose_dtype("auto", device)
@@ -92,7 +92,7 @@ def check_devices() -> str:
 def check_compiler() -> str:
     """torch.compile really compiles something."""
     from gpt_train import pick_device
-    from parts.parallel import why_no_compiler
+    from parts.machine import why_no_compiler
 
     if why := why_no_compiler(pick_device("auto")):
         raise Skipped(f"--compile will be left off: {why}")

@@ -25,8 +25,9 @@ def work() -> None:
     import torch.distributed as dist
 
     from gpt_train import GPT, Block, GPTConfig
+    from parts.machine import choose_dtype
     from parts.optim import Optimizer
-    from parts.parallel import Parallel, choose_dtype
+    from parts.parallel import Parallel
 
     device = torch.device("cpu")
     with Parallel("ddp", device, choose_dtype("auto", device)[0]) as parallel:

@@ -116,7 +116,7 @@ def work(args) -> None:
     import torch
 
     from gpt_train import pick_device
-    from parts.parallel import choose_dtype
+    from parts.machine import choose_dtype
 
     device = pick_device("auto")
     step = globals()[args.side](args, device, choose_dtype(args.dtype, device)[0])

@@ -138,7 +138,7 @@ ROWS = [
 
 # (word, what it means, a file in which it stands)
 WORDS = [
-    ("compile", "torch.compile: making one fast kernel of many small operations, before the first step", "parts/parallel.py"),
+    ("compile", "torch.compile: making one fast kernel of many small operations, before the first step", "parts/machine.py"),
     ("document", "one text of the corpus: a book, a web page, a row of a table", "prep_dataset.py"),
     ("head",
      "the matrix that turns the last embeddings into scores of all tokens; an attention head is one of several attentions side by side",
@@ -164,7 +164,7 @@ WORDS = [
     ("batch", "the rows of text that one step looks at", SIMPLE),
     ("bf16, fp16, fp32",
      "numbers of 16 or 32 bits. bf16 has the range of fp32 and 8 bits of precision, fp16 more precision and a small range",
-     "parts/parallel.py"),
+     "parts/machine.py"),
     ("bits per byte",
      "the loss of a whole text in bits, divided by its length in bytes: what compressing it with the model would come to. 8 is no "
      "knowledge at all; the one figure that can be compared between tokenizers", "README.md"),

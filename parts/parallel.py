@@ -259,58 +259,6 @@ def _recompute_in_backward(block) -> None:
     block.forward = recomputed
 
 
-# ---------------------------------------------------------------------------------------------- what the machine can do
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of a name; "auto" takes cuda, else mps, else cpu. Raises ValueError for one that is not here."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.ones(1, device=device).item()  # also refuses "meta", which holds no numbers
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ValueError(f"--device: {name!r} cannot be used here ({str(e).splitlines()[0][:120]}); try cpu") from e
-    return device
-
-
-def choose_dtype(name: str, device) -> tuple[torch.dtype, str]:
-    """(dtype of the products, why) of --dtype auto, bf16, fp16 or fp32. Raises ValueError for what the device cannot do."""
-    if name == "fp32":
-        return torch.float32, "as asked"
-    if name == "fp16" and device.type != "cuda":
-        raise ValueError(f"--dtype fp16: needs CUDA, this run is on {device.type}; use bf16 or fp32")
-    if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ValueError("--dtype bf16: this GPU does not have it; use fp16 or fp32")
-    if name in ("bf16", "fp16"):
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}[name], "as asked"
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "this GPU has it"
-        return torch.float16, "this GPU has no bf16; the loss is scaled"
-    for name, words in (("_is_amx_tile_supported", "AMX"), ("_is_avx512_bf16_supported", "AVX512_BF16")):
-        if device.type == "cpu" and getattr(torch.cpu, name, bool)():
-            return torch.bfloat16, f"this CPU has {words}"
-    return torch.float32, f"this {device.type} has no fast bf16"
-
-
-def why_no_compiler(device) -> str | None:
-    """
-    None where torch.compile works on this device, else the reason, in a line.
-
-    Its kernels are kept in the user's cache, not in the temporary folder, which a restart of the machine empties.
-    """
-    folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "torchinductor")
-    with contextlib.suppress(OSError):  # no home that can be written: they stay where torch has them
-        os.makedirs(folder, exist_ok=True)
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
-    try:
-        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
-        return None
-    except Exception as e:  # noqa: BLE001  whatever the compiler raises, training goes on without it
-        return " ".join(str(e).split())[:150] or type(e).__name__
-
-
 def keep_freed_memory(keep: bool = True) -> None:
     """
     Let glibc keep what a step frees for the next one. It gives large blocks back to Linux, which has to fill every page of
@@ -323,20 +271,3 @@ def keep_freed_memory(keep: bool = True) -> None:
         one_heap = ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1))  # all blocks in it, kept
         for option, value in one_heap if keep else ((M_MMAP_THRESHOLD, 2**20),):
             libc.mallopt(option, value)
-
-
-def out_of_memory(e: BaseException) -> bool:
-    """Whether an error says that the memory of the device does not suffice; on a CPU it has no class of its own."""
-    return isinstance(e, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(e) or "not enough memory" in str(e)
-
-
-def attention_kernel(n_head: int, head_dim: int, T: int, device, dtype, dropout: float) -> str:
-    """Name of the kernel that scaled_dot_product_attention takes for these shapes."""
-    from torch.nn.attention import SDPBackend
-
-    q = torch.empty(1, n_head, T, head_dim, device=device, dtype=dtype, requires_grad=True)
-    try:
-        choice = torch._fused_sdp_choice(q, q, q, None, dropout, True)
-    except (AttributeError, NotImplementedError, RuntimeError):  # not part of torch's promises, and only told
-        return "chosen by torch"
-    return next((name.lower() for name, backend in SDPBackend.__members__.items() if int(backend.value) == choice), "unknown")
