@@ -266,7 +266,7 @@ def plan_lines(config: GPTConfig, setting: Setting, memory_gb: float | None = No
 
 def show_plan(config: GPTConfig, batch_size: int, device, max_steps: int, memory_gb: float | None) -> int:
     """Print what training in fp32 with AdamW would take, its time from a few steps on random tokens; returns the exit code, 0."""
-    setting = Setting(batch_size, device="cuda" if memory_gb else device.type)
+    setting = Setting(batch_size, device="cuda" if memory_gb else str(device))
     lines, fits = plan_lines(config, setting, memory_gb)
     print(*lines, f"disk: {plan.gb(4 * count_parameters(config))} a checkpoint", sep="\n", flush=True)
     if memory_gb or not fits:

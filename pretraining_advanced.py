@@ -676,7 +676,7 @@ def start_run(run_dir: Path, job: Job, config: TrainConfig, parallel: Parallel) 
 
 def setting_of(config: TrainConfig, parallel: Parallel, accum: int) -> Setting:
     """What decides about the memory of this run's steps."""
-    device = "cuda" if config.plan_memory_gb and config.device == "auto" else parallel.device.type
+    device = "cuda" if config.plan_memory_gb and config.device == "auto" else str(parallel.device)
     same = {name: getattr(config, name) for name in ("batch_size", "dtype", "optimizer", "activation_checkpointing", "cpu_offload")}
     copy = parallel.rank == 0
     return Setting(**same, grad_accum_steps=accum, device=device, parallel=parallel.kind, world=parallel.world, keeps_copy=copy)
@@ -750,11 +750,7 @@ def main(config: TrainConfig) -> int:
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # what stands in for it is missing before torch 2.13
     check(config)
     config.output_dir = config.output_dir or f"runs/{config.run_name}"
-    if "LOCAL_RANK" in os.environ and config.device in ("auto", "cuda") and torch.cuda.is_available():
-        config.device = f"cuda:{os.environ['LOCAL_RANK']}"
     device = pick_device(config.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

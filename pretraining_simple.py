@@ -165,7 +165,7 @@ def main(config: SimpleConfig) -> int:
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=device.type != "mps")
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_share(step, n_steps))
     print(f"{source}: {len(documents)} documents; {tokenizer.name}: {len(train_tokens):,} training, {len(val_tokens):,} validation tokens")
-    print(*gpt_train.plan_lines(model_config, Setting(B, device=device.type))[0], sep="\n")
+    print(*gpt_train.plan_lines(model_config, Setting(B, device=str(device)))[0], sep="\n")
     print(f"{n_steps} steps of {B} x {T} tokens, {n_steps * B * T:,} tokens to go, on {device}")
 
     start_run(run_dir, {"config": asdict(config), "model": asdict(model_config), "data": source, "tokenizer": tokenizer.name})

@@ -12,17 +12,55 @@ import os
 
 import torch
 
+# Words of an error that CUDA or torch raises on the first use of a device -> what to tell people.
+WHY_NO_CUDA = {
+    "not compiled with CUDA": "torch {torch} is built without CUDA; install a CUDA build",
+    "driver on your system is too old": "the NVIDIA driver is too old for torch {torch}, which is built for CUDA {cuda}; "
+    "update the driver, or install a torch that is built for an older CUDA",
+    "no NVIDIA driver": "no NVIDIA driver was found; install one",
+    "no kernel image": "torch {torch} has no kernels for this GPU (it has {architectures}); install a build that has them",
+    "busy or unavailable": "the GPU is used by another program, which shares it with none; wait for that",
+    "out of memory": "the memory of the GPU is full; end the programs that use it (nvidia-smi lists them)",
+}
+
 
 def pick_device(name: str) -> torch.device:
-    """The device of a name; "auto" takes cuda, else mps, else cpu. Raises ValueError for one that is not here."""
+    """
+    The device of a name, tried out; "auto" takes cuda, else mps, else cpu.
+
+    Under torchrun "auto" and "cuda" are the GPU of this rank. A CUDA device has its index, which set_device, NCCL
+    and mem_get_info need, and is made the current one. Raises ValueError for a device that cannot be used here.
+    """
+    wanted, local_rank = name, os.environ.get("LOCAL_RANK", "")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"--device {name}: torchrun started several processes, and each needs a GPU of its own; leave out the number")
+    if name == "cuda" and local_rank:
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
-        torch.ones(1, device=device).item()  # also refuses "meta", which holds no numbers
+        probe = torch.ones(1, device=device)
+        probe.item()  # also refuses "meta", which holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ValueError(f"--device: {name!r} cannot be used here ({str(e).splitlines()[0][:120]}); try cpu") from e
-    return device
+        raise ValueError(f"--device {wanted}: {_why_not(name, str(e))}, or use --device cpu") from e
+    if device.type != "cuda":
+        return torch.device(device.type)  # there is one of them
+    torch.cuda.set_device(probe.device)
+    return probe.device
+
+
+def _why_not(name: str, error: str) -> str:
+    """Why a device cannot be used, and what to do, from the name of the device and the error of its first use."""
+    if "invalid device ordinal" in error:
+        n_gpus = torch.cuda.device_count()
+        found = f"there is no {name}, this machine has {n_gpus} GPU{'s' if n_gpus > 1 else ''}"
+        return f"{found}; use --nproc_per_node {n_gpus}" if "LOCAL_RANK" in os.environ else f"{found}; use cuda:0"
+    for words, told in WHY_NO_CUDA.items():
+        if words in error:
+            has = ", ".join(torch.cuda.get_arch_list()) or "none"
+            return told.format(torch=torch.__version__, cuda=torch.version.cuda, architectures=has)
+    return f"{name!r} cannot be used here ({' '.join(error.split())[:120]}); choose another device"
 
 
 def choose_dtype(name: str, device) -> tuple[torch.dtype, str]:
@@ -32,7 +70,7 @@ def choose_dtype(name: str, device) -> tuple[torch.dtype, str]:
     if name == "fp16" and device.type != "cuda":
         raise ValueError(f"--dtype fp16: needs CUDA, this run is on {device.type}; use bf16 or fp32")
     if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ValueError("--dtype bf16: this GPU does not have it; use fp16 or fp32")
+        raise ValueError(f"--dtype bf16: {torch.cuda.get_device_name(device)} has no bf16; use fp16 or fp32")
     if name in ("bf16", "fp16"):
         return {"bf16": torch.bfloat16, "fp16": torch.float16}[name], "as asked"
     if device.type == "cuda":

@@ -49,7 +49,7 @@ class Setting:
     dtype: str = "fp32"  # of the products
     optimizer: str = "adamw"
     activation_checkpointing: bool = False
-    device: str = "cpu"  # its type
+    device: str = "cpu"  # such as cpu, mps or cuda:1
     parallel: str = "none"  # none, ddp or fsdp
     world: int = 1  # processes
     cpu_offload: bool = False  # weights, gradients and optimizer state lie in the CPU's memory

@@ -95,9 +95,9 @@ def available_memory() -> float:
 
 
 def free_memory(device: str) -> tuple[float, str]:
-    """(bytes that a process can have on a device of this type, what that is called); processes of one machine share its memory."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
+    """(bytes that a process can have on a device such as "cuda:1", its name); processes of one machine share the CPU's memory."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_name(device)
     if device == "mps":
         return torch.mps.recommended_max_memory(), "the GPU"
     return available_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)), "free memory"

@@ -191,7 +191,7 @@ def test_greedy_is_the_same_whatever_the_seed(home):
     (("--seed", 2**63), "--seed: 9223372036854775808 does not fit"),
     (("--max_new_tokens", 0), "--max_new_tokens: 0 is out of range"),
     (("--num_samples", -1), "--num_samples: -1 is out of range"),
-    (("--device", "tpu"), "--device: 'tpu' cannot be used here"),
+    (("--device", "tpu"), "--device tpu: 'tpu' cannot be used here"),
     (("--dtype", "fp16"), "--dtype fp16: needs CUDA"),
     (("--prompt_file", "missing.txt"), "missing.txt: No such file"),
     (("--prompt_file", "."), ".: Is a directory"),

@@ -1,0 +1,159 @@
+"""
+The CUDA path, as far as a machine without a GPU shows it: torch.cuda is replaced, and what is asked of it is recorded.
+
+What a GPU computes is checked by benchmarks/on_gpu.py, which needs one.
+"""
+
+import contextlib
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import TINY, one_error_line, run
+
+import gpt_train
+import pretraining_advanced
+import pretraining_simple
+from parts.machine import choose_dtype, pick_device
+
+CPU = torch.device("cpu")
+
+
+class FakeCuda:
+    """Two GPUs that hold nothing: `asked` lists (function, index of the device that it was given)."""
+
+    n_gpus = 2
+
+    def __init__(self, monkeypatch, bf16=True, first_use=None):
+        self.asked, self.current, self.first_use, self.ones = [], 0, first_use, torch.ones
+        for name in ("set_device", "mem_get_info", "get_device_name"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: self.n_gpus)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
+        monkeypatch.setattr(torch, "ones", self.make_ones)
+        monkeypatch.setattr(dist, "init_process_group", self.init_process_group)
+        monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+        monkeypatch.setattr(dist, "all_reduce", lambda tensor: None)
+        monkeypatch.setattr(pretraining_advanced, "attention_kernel", lambda *_: "chosen by torch")
+
+    def index(self, function, device) -> int:
+        """The index of a device, None where it has none: what torch refuses."""
+        device = torch.device(device)
+        self.asked.append((function, device.index))
+        if device.index is None:
+            raise ValueError(f"Expected a torch.device with a specified index, but got:{device}")
+        return device.index
+
+    def set_device(self, device) -> None:
+        self.current = self.index("set_device", device)
+
+    def mem_get_info(self, device="cuda") -> tuple[int, int]:
+        self.index("mem_get_info", device)
+        return 1000, 1000  # bytes free: nothing fits, so that a plan ends before it computes
+
+    def get_device_name(self, device="cuda") -> str:
+        return f"Fake GPU {self.index('get_device_name', device)}"
+
+    def init_process_group(self, backend, device_id=None) -> None:
+        assert "nccl" in backend
+        self.index("NCCL", device_id)
+
+    def make_ones(self, *size, device=None, **options):
+        if torch.device(device or "cpu").type != "cuda":
+            return self.ones(*size, device=device, **options)
+        if self.first_use:
+            raise self.first_use
+        index = torch.device(device).index
+        index = self.current if index is None else index
+        if index >= self.n_gpus:
+            raise RuntimeError("CUDA error: invalid device ordinal\nGPU device may be out of range")
+        return SimpleNamespace(item=lambda: 1.0, is_cuda=True, device=torch.device("cuda", index))
+
+
+PLAN = {"tokenizer": "bytes", "model_size": "nano", "context_length": 16, "batch_size": 4, "plan": True}
+SCRIPTS = {
+    "advanced": lambda device: pretraining_advanced.main(pretraining_advanced.TrainConfig(device=device, dtype="fp32", **PLAN)),
+    "simple": lambda device: pretraining_simple.main(pretraining_simple.SimpleConfig(device=device, **PLAN)),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(("device", "index"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
+def test_every_use_of_a_gpu_names_its_index(monkeypatch, capsys, tmp_path, script, device, index):
+    cuda = FakeCuda(monkeypatch)
+    with contextlib.chdir(tmp_path):
+        assert SCRIPTS[script](device) == 0
+    assert {found for _, found in cuda.asked} == {index}, cuda.asked
+    assert {"set_device", "mem_get_info"} <= {function for function, _ in cuda.asked} and cuda.current == index
+    assert f"Fake GPU {index}" in capsys.readouterr().out, "the memory reported is that of another GPU"
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_under_torchrun_each_rank_has_its_own_gpu(monkeypatch, tmp_path, device):
+    cuda = FakeCuda(monkeypatch)
+    for name, value in (("RANK", 1), ("LOCAL_RANK", 1), ("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(value))
+    with contextlib.chdir(tmp_path):
+        assert SCRIPTS["advanced"](device) == 0
+    assert {"set_device", "NCCL", "mem_get_info"} <= {function for function, _ in cuda.asked}
+    assert {found for _, found in cuda.asked} == {1}, cuda.asked
+    with pytest.raises(ValueError, match="--device cuda:0: torchrun started several processes"):
+        pick_device("cuda:0")
+
+
+def test_sampling_and_scoring_take_the_gpu_that_was_named(monkeypatch, capsys):
+    FakeCuda(monkeypatch)
+    tokenizer = SimpleNamespace(name="bytes")
+    model = gpt_train.GPT(gpt_train.GPTConfig(vocab_size=5, block_size=4, n_layer=1, n_head=1, n_embd=4))
+    used = []
+    monkeypatch.setattr(gpt_train, "load_model", lambda path, device: used.append(device) or (model, tokenizer, {"step": 1}))
+    monkeypatch.setattr(gpt_train, "show_samples", lambda model, tokenizer, device, *_: used.append(device))
+    gpt_train.main(gpt_train.SampleConfig(device="cuda:1"))
+    assert used == [torch.device("cuda:1")] * 2 and "cuda:1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (AssertionError("Torch not compiled with CUDA enabled"), "is built without CUDA; install a CUDA build"),
+        (RuntimeError("The NVIDIA driver on your system is too old (found version 11040)."), "update the driver"),
+        (RuntimeError("Found no NVIDIA driver on your system."), "no NVIDIA driver was found"),
+        (RuntimeError("CUDA error: no kernel image is available for execution on the device"), "has no kernels for this GPU"),
+        (RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"), "used by another program"),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), "the memory of the GPU is full"),
+        (RuntimeError("CUDA error: something new\nmore"), "'cuda' cannot be used here (CUDA error: something new more)"),
+    ],
+)
+def test_a_gpu_that_cannot_be_used_is_one_line_with_the_way_out(monkeypatch, error, told):
+    FakeCuda(monkeypatch, first_use=error)
+    with pytest.raises(ValueError) as e:
+        pick_device("cuda")
+    text = str(e.value)
+    assert text.startswith("--device cuda: ") and told in text and text.endswith(", or use --device cpu") and "\n" not in text
+
+
+def test_a_gpu_that_is_not_there_is_told_with_how_many_there_are(monkeypatch):
+    FakeCuda(monkeypatch)
+    with pytest.raises(ValueError, match="--device cuda:7: there is no cuda:7, this machine has 2 GPUs; use cuda:0"):
+        pick_device("cuda:7")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(ValueError, match="--device auto: there is no cuda:3, this machine has 2 GPUs; use --nproc_per_node 2"):
+        pick_device("auto")
+
+
+def test_bf16_asked_of_a_gpu_without_it_names_the_gpu(monkeypatch):
+    FakeCuda(monkeypatch, bf16=False)
+    with pytest.raises(ValueError, match="--dtype bf16: Fake GPU 1 has no bf16; use fp16 or fp32"):
+        choose_dtype("bf16", torch.device("cuda:1"))
+    assert choose_dtype("auto", torch.device("cuda:1"))[0] == torch.float16
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("script", ["pretraining_advanced.py", "pretraining_simple.py"])
+def test_cuda_asked_of_a_machine_without_it_is_one_line(tmp_path, script):
+    flags = [flag.replace("cpu", "cuda") for flag in TINY]
+    assert one_error_line(run(script, *flags, cwd=tmp_path), 2).startswith("error: --device cuda: ")
+    assert os.listdir(tmp_path) == []
