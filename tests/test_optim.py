@@ -177,3 +177,23 @@ def test_muon_orthogonalises_query_key_and_value_apart():
 def test_galore_8bit_is_refused_without_cuda():
     with pytest.raises(ValueError, match="galore8bit: needs CUDA"):
         Optimizer(small(), (Block,), "galore8bit", 0.1, CPU)
+
+
+def test_galore_8bit_moves_a_bias_that_begins_at_zero(monkeypatch):
+    pytest.importorskip("bitsandbytes")  # its CPU backend
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)  # galore-torch waits for a GPU after each tensor
+    model = small()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = Optimizer(model, (Block,), "galore8bit", 0.0, torch.device("cuda"), galore_rank=8)
+    for step in range(5):
+        one_step(model, optimizer, step)
+    moved = {name: float((p.detach() - before[name]).abs().max()) for name, p in model.named_parameters()}
+    assert not any(before["h.0.mlp.c_fc.bias"].tolist())
+    biases = [change for name, change in moved.items() if name.endswith("bias")]
+    assert min(biases) > 1e-3 and max(moved.values()) < 0.1, moved  # five steps at a rate of 1e-3
+
+
+def test_muon_is_refused_on_a_gpu_without_bf16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with pytest.raises(ValueError, match="--optimizer muon: torch computes it in bf16, which this GPU does not have"):
+        Optimizer(small(), (Block,), "muon", 0.1, torch.device("cuda"))
