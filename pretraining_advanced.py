@@ -52,7 +52,7 @@ from parts.plan import duration, gb, seconds_of
 from parts.resume import DATA, must_agree, resolve_length
 from parts.shards import Shards, content_hash, read_index
 from parts.tokenizers import Tokenizer, gpt2_tokenizer, vocabulary_of
-from parts.writer import Writer, enough_memory
+from parts.writer import Writer, enough_memory, offloaded_bytes
 from prep_dataset import SmollmConfig, prepare_tokens
 
 # ------------------------------------------------------------------------------------------------ configuration
@@ -311,8 +311,10 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
         with parallel.agree():
             found = tensors = None
             if config.cpu_offload:
-                n_here = sum(p.numel() for p in job.model.parameters()) * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // parallel.world
-                enough_memory(16 * n_here, "weights, gradients and two moments of this machine's ranks", "--cpu_offload")
+                n_weights = [p.numel() for p in job.model.parameters()]
+                need = offloaded_bytes(n_weights, parallel.world, parallel.device.type == "cuda")
+                need *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+                enough_memory(need, "weights, gradients and two moments of this machine's ranks", "--cpu_offload")
             if master:
                 checkpoint.enough_disk(run_dir, checkpoint_bytes(job, config), config.keep_last, config.resume == "never")
                 stack.enter_context(checkpoint.claimed(run_dir, afresh=config.resume == "never"))
@@ -366,7 +368,7 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
         writer = Writer(checkpoint.save_checkpoint, not_saved)
         stack.callback(writer.wait)
         if master:
-            writer.reserve(checkpoint_bytes(job, config) + 2**20, parallel.device.type == "cuda")
+            writer.reserve(checkpoint_bytes(job, config) + 2**20, parallel.device)
         record = dict(parallel.share(journal.last if master else None))  # of the step that we stand at, perhaps not complete
         saved, saved_at, plotted_at = step, time.monotonic(), time.monotonic()
         stopping = save_now = failed = False

@@ -48,7 +48,7 @@ def main() -> None:
             raise SystemExit(f"step {step}: {e}")
 
         writer = Writer(save_checkpoint, not_saved)
-        writer.reserve(checkpoint_bytes(job, config) + 2**20, pinned=False)
+        writer.reserve(checkpoint_bytes(job, config) + 2**20, device=device)
         writer.wait()
         for step in range(1, 4):
             started, cpu = time.perf_counter(), time.process_time()

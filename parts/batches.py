@@ -191,6 +191,8 @@ class Prefetch:
     def _work(self, batches) -> None:
         pin = self.device.type == "cuda"  # a copy from pinned memory runs beside the computation
         try:
+            if pin:
+                torch.cuda.set_device(self.device)  # each thread has a current GPU, at first number 0
             for batch in batches:
                 if self.stopped.is_set():
                     return

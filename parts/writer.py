@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 
 import torch
 
@@ -22,29 +23,33 @@ class Writer:
     def __init__(self, save, tell):
         self.write, self.tell, self.thread, self.error, self.room = save, tell, None, None, None
 
-    def reserve(self, n_bytes: int, pinned: bool) -> None:
-        """Take the memory for copies of that many bytes beside the training: its first use costs a second per GB."""
+    def reserve(self, n_bytes: int, device) -> None:
+        """
+        Allocate the memory for copies of that many bytes from `device`, in the thread: its first use takes a second per GB.
+        """
         if n_bytes > SMALL:
-            self._start(self._take, n_bytes, pinned)
+            self._start(self._take, n_bytes, device)
 
     def save(self, run_dir, step: int, tensors: dict, *rest, at_once: bool = False) -> bool:
         """Write one, with tensors as {file: (name, tensor) pairs}, copied before this returns; False where it failed at once."""
         self.wait()
-        copied, start = {}, 0
+        copied, start, on_gpus = {}, 0, set()
         for file, pairs in tensors.items():
             copied[file] = {}
             for name, tensor in pairs:
                 if not at_once and self.room is not None and start + tensor.nbytes <= len(self.room):
                     place = self.room[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-                    tensor = place.copy_(tensor.detach(), non_blocking=True)
+                    on_gpus |= {tensor.device} if tensor.is_cuda else set()
+                    # elsewhere (mps) a copy that is not waited for may be read before it has arrived
+                    tensor = place.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
                     start += -(-tensor.nbytes // 64) * 64
                 else:  # small, or written before anything can change
                     at_once, tensor = True, tensor.detach().cpu()
                 copied[file][name] = tensor
         if at_once:
             return self._save(run_dir, step, copied, *rest)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        for device in on_gpus:
+            torch.cuda.synchronize(device)
         self._start(self._save, run_dir, step, copied, *rest)
         return True
 
@@ -66,14 +71,16 @@ class Writer:
         self.thread = threading.Thread(target=run)
         self.thread.start()
 
-    def _take(self, n_bytes: int, pinned: bool) -> None:
+    def _take(self, n_bytes: int, device) -> None:
         if 2 * n_bytes > available_memory():
             return  # checkpoints are written while the training waits
         try:
-            room = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=pinned)
+            room = torch.empty(n_bytes, dtype=torch.uint8)
         except (RuntimeError, MemoryError):
             return
         room[::4096] = 0
+        if device.type == "cuda":
+            pin(room, device)
         self.room = room
 
     def _save(self, run_dir, step: int, *rest) -> bool:
@@ -83,6 +90,20 @@ class Writer:
             self.tell(step, e)
             return False
         return True
+
+
+def pin(room, device) -> bool:
+    """
+    Lock the memory of a CPU tensor, so that a GPU copies into it at full speed; False where CUDA refuses.
+
+    Memory that torch pins is rounded up to a power of two: 18.7 GB would take 34.4. This takes what there is.
+    """
+    torch.cuda.set_device(device)  # of this thread; otherwise GPU 0 would get a context, and lose memory
+    cudart, address = torch.cuda.cudart(), room.data_ptr()
+    if int(cudart.cudaHostRegister(address, room.nbytes, 1)):  # 1: for all GPUs
+        return False
+    weakref.finalize(room, cudart.cudaHostUnregister, address)
+    return True
 
 
 def available_memory() -> float:
@@ -101,6 +122,16 @@ def free_memory(device: str) -> tuple[float, str]:
     if device == "mps":
         return torch.mps.recommended_max_memory(), "the GPU"
     return available_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)), "free memory"
+
+
+def offloaded_bytes(n_weights: list[int], world: int, pinned: bool) -> int:
+    """
+    Bytes of one rank's slices of tensors with so many numbers: weights, gradients and two moments, in fp32.
+
+    Weights and gradients that are pinned, for a GPU, take the next power of two each.
+    """
+    slices = [4 * -(-n // world) for n in n_weights]
+    return sum(2 * n + 2 * (1 << (n - 1).bit_length() if pinned else n) for n in slices)
 
 
 def enough_memory(need: float, what: str, flag: str) -> None:

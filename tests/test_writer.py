@@ -1,6 +1,8 @@
 """A checkpoint written by the thread is that of the moment it was asked for; what goes wrong in the thread is not lost."""
 
+import gc
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ def large(monkeypatch):
 
 def ready(save, told=None) -> Writer:
     w = Writer(save, lambda step, e: told.append((step, str(e))))
-    w.reserve(2**20, pinned=False)
+    w.reserve(2**20, device=torch.device("cpu"))
     w.wait()
     return w
 
@@ -82,3 +84,47 @@ def test_memory_that_is_not_there_is_told_before_it_is_taken():
     writer.enough_memory(2**20, "weights", "--cpu_offload")
     with pytest.raises(ValueError, match="--cpu_offload: weights need 1000000.00 GB"):
         writer.enough_memory(1e15, "weights", "--cpu_offload")
+
+
+def test_only_copies_from_cuda_are_not_waited_for(tmp_path, large, monkeypatch):
+    """On mps such a copy may be read before it has arrived, and its hash would be right."""
+    copy_, asked = torch.Tensor.copy_, []
+
+    def record(self, source, non_blocking=False):
+        asked.append(non_blocking)
+        return copy_(self, source)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", record)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # a GPU that this run does not use
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("a CUDA context was made"))
+    w = ready(save_checkpoint)
+    assert w.save(tmp_path, 5, {"model.safetensors": [("a", torch.ones(3))]}, {}, {}, 3)
+    w.wait()
+    assert asked == [False]
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_pinned_memory_is_as_large_as_what_goes_into_it(monkeypatch, large, refused):
+    calls, current = [], []
+    cudart = SimpleNamespace(
+        cudaHostRegister=lambda address, n_bytes, flags: calls.append(("pin", address, n_bytes)) or int(refused),
+        cudaHostUnregister=lambda address: calls.append(("unpin", address)),
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    w, n_bytes = Writer(None, None), 3 * 2**20 + 5
+    w.reserve(n_bytes, torch.device("cuda:1"))
+    w.wait()
+    assert current == [torch.device("cuda:1")] and len(w.room) == n_bytes
+    address = w.room.data_ptr()
+    assert calls == [("pin", address, n_bytes)]
+    w.room = None
+    gc.collect()
+    assert calls[1:] == ([] if refused else [("unpin", address)])
+
+
+def test_what_is_offloaded_counts_the_rounding_of_pinned_memory():
+    n_weights = [1024, 1025]  # 4,096 and 4,100 bytes
+    assert writer.offloaded_bytes(n_weights, 1, pinned=False) == 16 * 2049
+    assert writer.offloaded_bytes(n_weights, 1, pinned=True) == 8 * 2049 + 2 * (4096 + 8192)
+    assert writer.offloaded_bytes([2048], 2, pinned=True) == 16 * 1024
