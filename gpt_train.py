@@ -434,9 +434,13 @@ def generate(model, ids, max_new_tokens, *, should_stop=None, **options):
 
 
 def continuations(model, tokenizer, device, prompt: str, num_samples: int, max_new_tokens: int, **options) -> list[str]:
-    """What the model writes behind `prompt` ("": begins a document), one text per sample; options as for `generate`."""
+    """
+    What the model writes after `prompt` ("": begins a document), one text per sample; options as for `generate`.
+
+    Each text ends at its end-of-text. With stop_token=None the model is called max_new_tokens times all the same.
+    """
     start = [tokenizer.eot, *tokenizer.encode(prompt).tolist()]
-    options |= {"stop_token": tokenizer.eot, "n_ids": tokenizer.vocab_size}
+    options = {"stop_token": tokenizer.eot, "n_ids": tokenizer.vocab_size} | options
     ids = generate(model, torch.tensor([start] * num_samples, device=device), max_new_tokens, **options)
     rows = [row[len(start) :] for row in ids]  # (n,) each
     return [token_ids_to_text(row[: row.tolist().index(tokenizer.eot) if tokenizer.eot in row else None], tokenizer) for row in rows]

@@ -196,7 +196,8 @@ def gpt_job(config: TrainConfig, building) -> Job:
         model.load_state_dict(weights)
 
     def sample(model, device, should_stop) -> str:
-        options = {"temperature": 0.8, "top_k": 50, "seed": 0, "should_stop": should_stop}
+        # stop_token: under fsdp all ranks call the model equally often, also where one has met the end of the text
+        options = {"temperature": 0.8, "top_k": 50, "seed": 0, "should_stop": should_stop, "stop_token": None}
         return continuations(model, tokenizer, device, "", 1, 80, **options)[0]
 
     return Job(

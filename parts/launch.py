@@ -125,7 +125,7 @@ def launch_facts(n_processes: int, device) -> dict:
     import torch
 
     start = [Path(sys.executable).name]
-    if n_processes > 1:
+    if "RANK" in os.environ:
         start = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
     line = shlex.join([*start, *sys.argv])
     commit = None

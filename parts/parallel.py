@@ -41,31 +41,28 @@ class Parallel:
             raise ValueError(f"--parallel none: torchrun started {self.world} processes; leave the flag out, or start with python")
         if kind == "ddp" and "RANK" not in os.environ:
             raise ValueError("--parallel ddp: start with torchrun --nproc_per_node N pretraining_advanced.py ...")
-        if kind == "fsdp" and self.world == 1:
+        if kind == "fsdp" and "RANK" not in os.environ:
             raise ValueError(
                 "--parallel fsdp: slices a model over several processes; start two with torchrun --nproc_per_node 2, or leave it out"
             )
-        self.kind = "none" if self.world == 1 else "fsdp" if kind == "fsdp" else "ddp"
+        self.kind = "fsdp" if kind == "fsdp" else "none" if self.world == 1 else "ddp"
         self.lockstep = self.kind == "fsdp"  # a forward pass needs all ranks, also in evaluation and sampling
         self.exchanging = self.lockstep  # the others wait for this rank's part: too late to do the step again
         self.loss_scale = {"scale": 2.0**15, "good": 0} if dtype == torch.float16 else None
-        if self.world > 1:
+        if self.kind != "none":
             import torch.distributed as dist  # here: one process does without
 
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             try:
                 dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
-            except RuntimeError as e:  # such as a port in use
-                address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-                raise ValueError(
-                    f"the processes do not find each other at {address} ({' '.join(str(e).split())[:150]}); try another port"
-                ) from e
+            except RuntimeError as e:
+                raise ValueError(_why_no_group(e, device)) from e
 
     def __enter__(self) -> Parallel:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        if self.world > 1:
+        if self.kind != "none":
             import torch.distributed as dist
 
             self.wrapped = None  # before the group: DDP's reducer otherwise outlives it, and the process aborts at times
@@ -257,6 +254,17 @@ def _recompute_in_backward(block) -> None:
         return forward(*args, **kwargs)
 
     block.forward = recomputed
+
+def _why_no_group(e: RuntimeError, device) -> str:
+    """Why the processes could not form a group, and what to do, in one line."""
+    from torch.distributed import DistBackendError
+
+    error = " ".join(str(e).split())[:150]
+    if isinstance(e, DistBackendError) or "NCCL" in error:
+        return f"NCCL cannot start on {device} ({error}); NCCL_DEBUG=INFO shows why"
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    return f"the processes do not find each other at {address} ({error}); try another port"
+
 
 
 def keep_freed_memory(keep: bool = True) -> None:

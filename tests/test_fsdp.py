@@ -1,5 +1,7 @@
 """The model in slices: the same numbers as whole, checkpoints that every arrangement reads, and refusals that say why."""
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -9,7 +11,10 @@ import time
 import pytest
 import torch
 from conftest import one_error_line
-from test_advanced import home, metrics, ranks_of, running, start, state_of, stop, tensors, train  # noqa: F401  home is a fixture
+from test_advanced import environment, home, metrics, ranks_of, running, start, state_of, stop, tensors, train  # noqa: F401  home is a fixture
+
+import gpt_train
+from pretraining_advanced import TrainConfig, gpt_job
 
 SETTINGS = {"max_lr": 1e-4, "max_grad_norm": 0.5, "dropout": 0.0}
 
@@ -86,6 +91,39 @@ def test_resumed_slices_equal_straight_ones_to_the_bit(home):  # noqa: F811
     resumed = train(home, "fsdp-resumed", 2, **settings)
     assert metrics(resumed) == metrics(straight) and metrics(resumed, "val_loss") == metrics(straight, "val_loss")
     assert state_of(resumed) == state_of(straight)
+
+
+def test_one_process_under_torchrun_slices_too_and_resumes_to_the_bit(home, whole):  # noqa: F811
+    group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    settings = {"parallel": "fsdp", "batch_size": 8, "warmup_steps": 2, "env": environment(**group), **SETTINGS}
+    result = start(home, "slices1", **settings)
+    assert result.returncode == 0, result.stderr
+    folder = home / "runs/slices1"
+    assert metrics(folder, "train_loss") == pytest.approx(metrics(whole, "train_loss"), rel=1e-6)
+    assert (folder / "samples.txt").read_text(encoding="utf-8") == (whole / "samples.txt").read_text(encoding="utf-8")
+    assert json.loads((folder / "run.json").read_text(encoding="utf-8"))["resume"].startswith("torchrun --nproc_per_node 1 ")
+    for attempt in (10, 20):
+        again = start(home, "again1", **{**settings, "max_steps": attempt, "schedule": "constant", "allow_change": "max_steps"})
+        assert again.returncode == 0, again.stderr
+    start(home, "at_once1", **{**settings, "schedule": "constant"})
+    assert all(torch.equal(t, tensors(home / "runs/at_once1")[k]) for k, t in tensors(home / "runs/again1").items())
+
+
+def test_no_rank_stops_sampling_before_the_others(home, monkeypatch):  # noqa: F811
+    """The others would wait for ever inside the forward pass; on unlike GPUs two ranks may draw unlike tokens."""
+    config = TrainConfig(dataset_name="data", tokenizer="bytes", val_share=0.05, model_size="nano", context_length=32)
+    with contextlib.chdir(home):
+        job = gpt_job(config, contextlib.nullcontext())
+    calls, draws = [], []
+    job.model.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def draw(logits, *_):
+        draws.append(256 if len(draws) == 2 else 97)  # the third token ends the text: 256 is end-of-text
+        return torch.tensor([[draws[-1]]])
+
+    monkeypatch.setattr(gpt_train, "_sample_next", draw)
+    assert job.sample(job.model, torch.device("cpu"), lambda: False) == "aa"
+    assert len(calls) == 80
 
 
 def test_a_rank_that_dies_ends_the_job(home):  # noqa: F811
