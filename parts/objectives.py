@@ -33,7 +33,7 @@ def head_bytes(N: int, C: int, V: int, dtype: torch.dtype, device: str) -> int:
     """Bytes that cross_entropy_of_head holds for a moment, besides the gradient of the head: N positions, device by its type."""
     e = dtype.itemsize
     if dtype == torch.float16:
-        return N * V * (e + 4 + 4)  # logits, the same in fp32, and the logarithms of their softmax
+        return N * V * 3 * 4  # in the backward pass: the logarithms of the softmax, their gradient, and that of the logits
     width = V if e == 4 else -(-V // 64) * 64
     rows, few = _at_once(N, width, device)
     return rows * width * e + few * width * 4 + (width * C * e if e < 4 else 0) + N * C * (e + 4)

@@ -82,28 +82,29 @@ def memory(config, s: Setting, optimizer_bytes: int, logits_bytes: int) -> dict[
     Bytes of one process while it trains, by part, and "peak": the most of them at one time, on the device of the training.
 
     optimizer_bytes: its state for the whole model; logits_bytes: what the head and its loss hold for a moment. The two moments
-    of a step that can be the peak are the end of the forward pass (all activations and logits, one gradient: the head's, or all
-    of them where micro-batches are accumulated) and the end of the backward pass (all gradients).
+    of a step that can be the peak are the end of the forward pass (all activations and logits, the gradient of the head, and the
+    gradients of earlier micro-batches) and the end of the backward pass (all gradients).
     """
     C, weights = config.n_embd, 4 * count_parameters(config)
     slices, exchange = s.world if s.parallel == "fsdp" else 1, 0
-    head = 4 * config.vocab_size * C  # the gradient of the embedding, which is the head, comes about in the forward pass
-    if s.parallel == "ddp":
-        exchange = weights  # buckets
+    head = 4 * config.vocab_size * C  # the gradient of the embedding, which is the head, is made in the forward pass
+    earlier = weights if s.grad_accum_steps > 1 else 0  # fsdp too keeps whole gradients until the last micro-batch
+    gradients = max(earlier, weights // slices)
+    if s.parallel == "ddp":  # buckets, allocated at the start; the gradients are views of them from the exchange on
+        exchange, earlier = earlier, earlier + weights
     elif s.parallel == "fsdp":
         exchange = 2 * (head + 2 * 4 * 12 * C * C)  # whole weights, and gradients, of the embedding and two blocks
     copy = weights + optimizer_bytes if s.keeps_copy else 0
-    parts = {"weights": weights // slices, "gradients": weights // slices, "optimizer": optimizer_bytes // slices}
+    parts = {"weights": weights // slices, "gradients": gradients, "optimizer": optimizer_bytes // slices}
     parts |= {"activations": activation_bytes(config, s), "logits": logits_bytes}
     parts |= {"exchange": exchange} if exchange else {}
     if s.cpu_offload and s.device != "cpu":
-        parts |= {"weights": 0, "gradients": 0, "optimizer": 0}
-    state = parts["weights"] + parts["optimizer"] + exchange
+        parts |= {"weights": 0, "gradients": earlier, "optimizer": 0}
+    state = parts["weights"] + parts["optimizer"] + (exchange if s.parallel == "fsdp" else 0)
     if copy and s.device == "cpu":
         parts["copy for checkpoints"] = copy
         state += copy
-    accumulated = parts["gradients"] if s.grad_accum_steps > 1 else 0
-    parts["peak"] = state + max(accumulated + head + parts["activations"] + logits_bytes, parts["gradients"])
+    parts["peak"] = state + max(earlier + head + parts["activations"] + logits_bytes, parts["gradients"])
     if s.device == "cpu" and not s.activation_checkpointing:  # the heap is kept, see keep_freed_memory
         parts["holes in the heap"] = int(HOLES * (parts["peak"] - parts.get("copy for checkpoints", 0)))
         parts["peak"] += parts["holes in the heap"]

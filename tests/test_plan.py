@@ -93,6 +93,27 @@ def test_sizes_have_growing_plans_and_more_rows_never_need_less():
     assert sliced["peak"] - offloaded["peak"] == 12 * count_parameters(config) // 8
 
 
+def test_gradients_of_earlier_micro_batches_are_whole_also_under_fsdp():
+    config, whole = GPTConfig.of_size("1558M"), 4 * count_parameters(GPTConfig.of_size("1558M"))
+
+    def peak(parallel, world, accum):
+        setting = Setting(4, accum, dtype="bf16", device="cuda", parallel=parallel, world=world, activation_checkpointing=True)
+        return memory_of(config, setting)
+
+    sliced = [peak("fsdp", 8, accum) for accum in (1, 4)]
+    assert sliced[1]["peak"] - sliced[0]["peak"] == whole == sliced[1]["gradients"], "set_requires_gradient_sync(False) keeps them"
+    assert sliced[0]["gradients"] == whole // 8
+    # under ddp the gradients lie in the buckets that are exchanged, unless they are of several micro-batches
+    alone, one, four = peak("none", 1, 4)["peak"], peak("ddp", 8, 1)["peak"], peak("ddp", 8, 4)["peak"]
+    assert one == alone and four == alone + whole
+
+
+def test_the_logits_of_fp16_take_12_bytes_each_in_the_backward_pass():
+    config, B = GPTConfig.of_size("124M"), 4
+    parts = memory_of(config, Setting(B, dtype="fp16", device="cuda"))
+    assert parts["logits"] == 12 * B * config.block_size * config.vocab_size
+
+
 def test_ways_out_fit_and_are_the_same_step():
     config, s = GPTConfig.of_size("124M"), Setting(32, dtype="bf16", device="cuda")
     ways = ways_to_fit(s, 4e9, lambda other: memory_of(config, other)["peak"])
