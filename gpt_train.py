@@ -186,6 +186,7 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
+        self.draws_random = config.dropout > 0  # for activation checkpointing: the random state need not be saved without
 
     def forward(self, x, cache: LayerCache | None = None):
         """x (B, T, C) -> (B, T, C)."""

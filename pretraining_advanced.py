@@ -22,6 +22,7 @@ if __name__ == "__main__":  # before torch is imported, so that Ctrl-C in those 
 
 import contextlib
 import copy
+import gc
 import itertools
 import json
 import math
@@ -512,6 +513,7 @@ def gradients(job, model, optimizer, micro_batches: list[dict], n_targets: float
         # here, where what the failed pass held is free again
         optimizer.zero_grad()
         loss = piece = pieces = None
+        gc.collect()  # the error's traceback and what it refers to
         if parallel.device.type == "cuda":
             torch.cuda.empty_cache()
         if parallel.exchanging or split >= config.batch_size:

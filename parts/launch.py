@@ -28,12 +28,16 @@ def _on_requests(handler) -> dict:
 
 def quiet_ctrl_c() -> None:
     """
-    From now on a request to stop leaves at once, with its exit code and no traceback. For the seconds in which torch is
-    imported; a package that is missing is told in one line, then and later, and torch's C++ side tells errors only.
+    From now on a request to stop exits at once, with its exit code and no traceback. For the seconds in which torch is
+    imported; a missing package is reported in one line, then and later. Also sets what torch reads from the environment.
     """
     _on_requests(lambda number, _: os._exit(130 if number == signal.SIGINT else 75))
     sys.excepthook = _tell
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warns of find_unused_parameters, which is wanted for its order of adding
+    if (
+        sys.platform == "linux" and "PYTORCH_ALLOC_CONF" not in os.environ
+    ):  # memory of a GPU that grows in place: other shapes leave no holes
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def _tell(kind, e, trace) -> None:

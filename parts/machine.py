@@ -100,9 +100,18 @@ def why_no_compiler(device) -> str | None:
         return " ".join(str(e).split())[:150] or type(e).__name__
 
 
+OUT_OF_MEMORY = (
+    "out of memory",  # torch, CUDA, NCCL, the driver
+    "ALLOC_FAILED",  # cuBLAS, cuDNN
+    "OutOfMemoryError",  # inside a compile
+    "can't allocate memory",  # a CPU, where it has no class of its own
+    "not enough memory",
+)
+
+
 def out_of_memory(e: BaseException) -> bool:
-    """Whether an error says that the memory of the device does not suffice; on a CPU it has no class of its own."""
-    return isinstance(e, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(e) or "not enough memory" in str(e)
+    """Whether an error says that the memory of the device does not suffice."""
+    return isinstance(e, torch.OutOfMemoryError | MemoryError) or any(words in str(e) for words in OUT_OF_MEMORY)
 
 
 def attention_kernel(n_head: int, head_dim: int, T: int, device, dtype, dropout: float) -> str:

@@ -159,6 +159,9 @@ class Parallel:
                 _recompute_in_backward(block)
             if compile_blocks:
                 block.compile(dynamic=False)  # a new shape would otherwise change the kernels of the old one
+        if compile_blocks and self.kind == "ddp":
+            # Dynamo would cut each block in two where a gradient bucket is full; a block is a good bucket as it is
+            torch._dynamo.config.optimize_ddp = False
         if self.kind == "fsdp":
             self._slice(model, blocks, cpu_offload)
         else:
@@ -174,7 +177,8 @@ class Parallel:
         ids = [self.device.index] if self.device.type == "cuda" else None
         # find_unused_parameters keeps the gradient buckets as they are; DDP otherwise orders them anew after the first
         # backward, and from 3 ranks up a resumed run would add in another order than the straight one
-        self.wrapped = DistributedDataParallel(model, device_ids=ids, find_unused_parameters=True, broadcast_buffers=False)
+        options = {"find_unused_parameters": True, "broadcast_buffers": False, "gradient_as_bucket_view": True}
+        self.wrapped = DistributedDataParallel(model, device_ids=ids, **options)
         return self.wrapped, optimizer
 
     def _slice(self, model, blocks, cpu_offload: bool) -> None:
@@ -207,8 +211,15 @@ class Parallel:
             yield
 
     def autocast(self):
-        """Products in bf16 or fp16 where that was chosen; weights, sums and losses stay fp32."""
-        return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else contextlib.nullcontext()
+        """
+        Products in bf16 or fp16 where that was chosen; weights, sums and losses stay fp32.
+
+        Without autocast's cache, which would keep a 16-bit copy of every weight until the end of the forward pass, also in
+        evaluation and under activation checkpointing: 2.9 GB for 1558M. Each weight is used once, so nothing is cast twice.
+        """
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype, cache_enabled=False)
 
     def backward(self, loss) -> None:
         """Add the gradients of a loss; DDP divides by the number of ranks, so the loss comes multiplied by it."""
@@ -244,17 +255,6 @@ def _whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _recompute_in_backward(block) -> None:
-    """Keep only the block's input, and compute the rest again when its gradient is needed (Chen et al. 2016)."""
-    forward = block.forward
-
-    def recomputed(*args, **kwargs):
-        if torch.is_grad_enabled():
-            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-        return forward(*args, **kwargs)
-
-    block.forward = recomputed
-
 def _why_no_group(e: RuntimeError, device) -> str:
     """Why the processes could not form a group, and what to do, in one line."""
     from torch.distributed import DistBackendError
@@ -265,6 +265,21 @@ def _why_no_group(e: RuntimeError, device) -> str:
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     return f"the processes do not find each other at {address} ({error}); try another port"
 
+
+def _recompute_in_backward(block) -> None:
+    """
+    Keep only the block's input, and compute the rest again when its gradient is needed (Chen et al. 2016).
+
+    The random state is saved for that, and read from the GPU, unless the block says `draws_random = False`.
+    """
+    forward, draws_random = block.forward, getattr(block, "draws_random", True)
+
+    def recomputed(*args, **kwargs):
+        if torch.is_grad_enabled():
+            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=draws_random, **kwargs)
+        return forward(*args, **kwargs)
+
+    block.forward = recomputed
 
 
 def keep_freed_memory(keep: bool = True) -> None:

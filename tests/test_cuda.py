@@ -16,7 +16,9 @@ from conftest import TINY, one_error_line, run
 import gpt_train
 import pretraining_advanced
 import pretraining_simple
+from parts import machine, writer
 from parts.machine import choose_dtype, pick_device
+from parts.parallel import Parallel
 
 CPU = torch.device("cpu")
 
@@ -157,3 +159,115 @@ def test_cuda_asked_of_a_machine_without_it_is_one_line(tmp_path, script):
     flags = [flag.replace("cpu", "cuda") for flag in TINY]
     assert one_error_line(run(script, *flags, cwd=tmp_path), 2).startswith("error: --device cuda: ")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_run_on_the_cpu_makes_no_cuda_context(monkeypatch, tmp_path):
+    """It would cost the GPU half a gigabyte, and fail where the GPU is full."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: pytest.fail("a CUDA context was made"))
+    monkeypatch.setattr(writer, "SMALL", -1)  # checkpoints are copied, and written by the thread
+    text = "\n".join(f"{n} bottles of beer on the wall" for n in range(3000))
+    (tmp_path / "text.txt").write_text(text.replace("99", "\n<|endoftext|>\n"), encoding="utf-8")
+    settings = {"dataset_name": "text.txt", "tokenizer": "bytes", "model_size": "nano", "context_length": 16, "batch_size": 4}
+    settings |= {"max_steps": 4, "save_ckpt_freq": 2, "val_share": 0.3, "device": "cpu", "activation_checkpointing": True}
+    with contextlib.chdir(tmp_path):
+        assert pretraining_advanced.main(pretraining_advanced.TrainConfig(**settings)) == 0
+    assert len(list(tmp_path.glob("runs/advanced/checkpoints/*"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (dist.DistBackendError("NCCL error in: init.cpp:94, Duplicate GPU detected"), "NCCL cannot start on cuda:1 (NCCL error"),
+        (RuntimeError("Distributed package doesn't have NCCL built in"), "NCCL cannot start on cuda:1"),
+        (dist.DistNetworkError("The server socket has failed to listen"), "the processes do not find each other at here:1"),
+        (dist.DistStoreError("Timed out waiting for clients"), "the processes do not find each other at here:1"),
+    ],
+)
+def test_errors_of_nccl_are_not_told_as_a_network_that_fails(monkeypatch, error, told):
+    for name, value in (("RANK", 0), ("WORLD_SIZE", 2), ("MASTER_ADDR", "here"), ("MASTER_PORT", 1)):
+        monkeypatch.setenv(name, str(value))
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(dist, "init_process_group", fail)
+    with pytest.raises(ValueError) as e:
+        Parallel("ddp", torch.device("cuda:1"), torch.float32)
+    assert str(e.value).startswith(told) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("backend='inductor' raised: OutOfMemoryError: CUDA ran out"),
+        RuntimeError("NCCL error: Failed to CUDA malloc: out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    ],
+)
+def test_every_out_of_memory_error_is_recognised(error):
+    assert machine.out_of_memory(error)
+    assert not machine.out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_autocast_keeps_no_copy_of_the_weights(recomputed):
+    model = gpt_train.GPT(gpt_train.GPTConfig(vocab_size=64, block_size=8, n_layer=6, n_head=2, n_embd=128))
+    parallel, ids = Parallel("none", CPU, torch.bfloat16), torch.zeros(1, 8, dtype=torch.int64)
+    model, _ = parallel.prepare(model, (gpt_train.Block,), lambda model: None, recomputed)
+    one_block = 2 * 12 * 128 * 128  # bytes of its matrices in bf16
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    with torch.set_grad_enabled(recomputed), parallel.autocast(), profiler as profile:
+        loss = model(ids, ids)
+    assert sum(event.self_cpu_memory_usage for event in profile.events()) < one_block, "of six blocks"
+    assert torch.isfinite(loss)
+
+
+def test_only_blocks_that_draw_random_numbers_save_the_random_state(monkeypatch):
+    saved, get = [], torch.get_rng_state
+    monkeypatch.setattr(torch, "get_rng_state", lambda: saved.append(1) or get())
+    for dropout in (0.0, 0.1):
+        model = gpt_train.GPT(gpt_train.GPTConfig(vocab_size=64, block_size=8, n_layer=2, n_head=2, n_embd=8, dropout=dropout))
+        Parallel("none", CPU, torch.float32).prepare(model, (gpt_train.Block,), lambda model: None, True)
+        saved.clear()
+        ids = torch.zeros(1, 8, dtype=torch.int64)
+        model(ids, ids).backward()
+        assert bool(saved) == bool(dropout)
+    block = torch.nn.Linear(8, 8)  # of another model, which says nothing
+    Parallel("none", CPU, torch.float32).prepare(block, (torch.nn.Linear,), lambda model: None, True)
+    saved.clear()
+    block(torch.ones(1, 8)).sum().backward()
+    assert saved, "without a word from the block it is saved"
+
+
+@pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated")
+def test_ddp_leaves_a_compiled_block_whole(monkeypatch, tmp_path):
+    """Dynamo otherwise cuts a block of more than a bucket, 1 MB at first, into two graphs."""
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
+    compile_block, graphs = torch.nn.Module.compile, []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_block(self, backend=backend, **options))
+    torch._dynamo.reset()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        parallel = Parallel("none", CPU, torch.float32)
+        parallel.kind = "ddp"
+        model = gpt_train.GPT(gpt_train.GPTConfig(vocab_size=64, block_size=16, n_layer=1, n_head=2, n_embd=384))
+        model, _ = parallel.prepare(model, (gpt_train.Block,), lambda model: None, compile_blocks=True)
+        ids = torch.zeros(1, 16, dtype=torch.int64)
+        model(ids, ids).backward()
+        assert len(graphs) == 1
+        weight = model.module.h[0].mlp.c_fc.weight
+        assert weight.grad.untyped_storage().nbytes() > weight.nbytes, "the gradient lies in the bucket, not beside it"
+    finally:
+        parallel.wrapped = model = None
+        dist.destroy_process_group()
+        torch._dynamo.reset()

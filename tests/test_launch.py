@@ -113,3 +113,16 @@ def test_a_signal_is_a_flag_until_the_loop_reads_it():
             os.kill(os.getpid(), number)
             assert stop and stop.exit_code == code
         assert signal.getsignal(number) == before
+
+
+def test_the_memory_of_a_gpu_grows_in_place_unless_the_environment_says_otherwise():
+    program = "import os; from parts.launch import quiet_ctrl_c; quiet_ctrl_c(); print(os.environ.get('PYTORCH_CUDA_ALLOC_CONF'))"
+    clean = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
+    for more, expected in (
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "None"),
+    ):
+        command = [sys.executable, "-c", program]
+        out = subprocess.run(command, cwd=ROOT, env=clean | more, capture_output=True, text=True, check=True).stdout
+        assert out.strip() == expected
