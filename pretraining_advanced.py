@@ -47,6 +47,7 @@ from parts.guard import Guard
 from parts.launch import StopRequest, error_line, launch_facts, run_script
 from parts.machine import attention_kernel, choose_dtype, out_of_memory, why_no_compiler
 from parts.meter import Journal, Speed, memory_gib, peak_flops
+from parts.objectives import compile_softmax
 from parts.optim import Optimizer, learning_rate, predicted_state_bytes, slice_like
 from parts.parallel import Parallel
 from parts.plan import duration, gb, seconds_of
@@ -334,6 +335,7 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
             if config.compile and (why := why_no_compiler(parallel.device)):
                 say(f"--compile is off: no compiler works here ({why})", parallel)
                 config.compile = False
+        compile_softmax(config.compile and parallel.device.type == "cuda")
 
         tell_what_runs(job, config, parallel, rows_per_step, accum, state.get("step", 0))
 

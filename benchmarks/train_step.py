@@ -28,6 +28,7 @@ def ours(args, device, dtype):
     import torch
 
     from gpt_train import GPT, Block, GPTConfig
+    from parts.objectives import compile_softmax
     from parts.optim import Optimizer
     from parts.parallel import Parallel
     from pretraining_advanced import Job, TrainConfig, gradients
@@ -41,6 +42,7 @@ def ours(args, device, dtype):
     def make_optimizer(model):
         return Optimizer(model, job.blocks, "adamw", 0.1, device)
 
+    compile_softmax(not args.eager and device.type == "cuda")
     model, optimizer = parallel.prepare(gpt, job.blocks, make_optimizer, compile_blocks=not args.eager)
     optimizer.set_lr(1e-4)
     state = SimpleNamespace(step=0)
