@@ -13,6 +13,7 @@ import math
 import netrc
 import os
 import queue
+import re
 import sys
 import threading
 import time
@@ -20,21 +21,35 @@ from pathlib import Path
 
 import torch
 
-# Dense bf16/fp16 operations per second, from the makers' data sheets; the first name that is part of the device's counts.
+# Dense bf16/fp16 operations per second with fp32 sums, from the makers' data sheets. The words of a key stand in the name of
+# the device; of several keys the one with the most words counts.
 PEAK_FLOPS = {
+    "GB300": 2500e12,
+    "B300": 2250e12,
+    "GB200": 2500e12,
     "B200": 2250e12,
+    "GH200": 989e12,
     "H200": 989e12,
-    "H100 PCIe": 756e12,
     "H100": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H20": 148e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
+    "L20": 119e12,
     "L4": 121e12,
+    "A10": 125e12,
     "A10G": 70e12,
+    "RTX A6000": 155e12,
+    "RTX 5090": 209e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
     "V100": 125e12,
     "T4": 65e12,
 }
+# Words of another device than its key: smaller chips of that name, or a part of one (MIG, and vGPU such as 24Q).
+OTHER_DEVICE = re.compile(r"Laptop|Mobile|Max|D|Ti|SUPER|MIG|\d+[ABCQ]")
 HISTOGRAM_BINS = 64
 FIGURES = ("tokens", "train_loss", "val_loss", "lr", "grad_norm")  # of a record; what is no number there is damage
 
@@ -43,8 +58,11 @@ def peak_flops(device, dtype) -> float | None:
     """Peak of the device in 16 bits; None where it is not known, or the products are in fp32: no number is better than a wrong one."""
     if device.type != "cuda" or dtype == torch.float32:
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    words = re.findall(r"\w+", torch.cuda.get_device_name(device))
+    if any(OTHER_DEVICE.fullmatch(word) for word in words):
+        return None
+    known = [key for key in PEAK_FLOPS if set(key.split()) <= set(words)]
+    return PEAK_FLOPS[max(known, key=lambda key: len(key.split()))] if known else None
 
 
 def memory_gib(device) -> float:

@@ -52,12 +52,20 @@ def test_speed_counts_training_alone(monkeypatch):
     assert speed.stop(3000)["tokens_per_s"] == 1000.0
 
 
-@pytest.mark.parametrize(
-    ("name", "peak"), [("NVIDIA H200", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("GeForce 256", None)]
-)
+PEAKS = {  # name as the driver gives it -> TFLOP/s, or unknown
+    "NVIDIA H200": 989, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H100 NVL": 835, "NVIDIA GH200 480GB": 989,
+    "NVIDIA B200": 2250, "NVIDIA GB200": 2500, "NVIDIA B300 SXM6 AC": 2250, "NVIDIA H20": 148, "NVIDIA A100-SXM4-80GB": 312,
+    "NVIDIA L40": 181, "NVIDIA L40S": 362, "NVIDIA L4": 121, "NVIDIA L20": 119, "NVIDIA A10": 125, "NVIDIA A10G": 70,
+    "NVIDIA RTX A6000": 155, "NVIDIA GeForce RTX 5090": 209, "NVIDIA GeForce RTX 4090": 165, "Tesla V100-SXM2-16GB": 125, "Tesla T4": 65,
+    "GeForce 256": None, "NVIDIA T400 4GB": None, "NVIDIA GeForce RTX 4090 Laptop GPU": None, "NVIDIA GeForce RTX 4090 D": None,
+    "NVIDIA GeForce RTX 3090 Ti": None, "NVIDIA A100-SXM4-40GB MIG 1g.5gb": None, "NVIDIA A10-24Q": None, "NVIDIA A40": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "peak"), PEAKS.items())
 def test_the_peak_is_that_of_the_device_or_none(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert peak_flops(torch.device("cuda"), torch.bfloat16) == peak
+    assert peak_flops(torch.device("cuda"), torch.bfloat16) == (peak and peak * 1e12)
     assert peak_flops(torch.device("cuda"), torch.float32) is None, "in fp32 the peak is another one"
     assert peak_flops(torch.device("cpu"), torch.bfloat16) is None
     assert Speed(10, None).peak is None
