@@ -437,11 +437,12 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
             minutes = (time.monotonic() - began) / 60
             out_of_time = master and config.max_minutes is not None and minutes > config.max_minutes
             save_due = master and (time.monotonic() - saved_at) / 60 > config.save_ckpt_minutes
+            local_loss, grad_norm = parallel.read(total, optimizer)  # under fsdp the ranks add up the norm
             splits = [state["split"] * (rank == parallel.rank) for rank in range(parallel.world)]  # this rank's at its place
-            loss, stopping, save_now, *splits = parallel.all_sum([total.item(), bool(stop) or out_of_time, save_due, *splits])
+            loss, stopping, save_now, *splits = parallel.all_sum([local_loss, bool(stop) or out_of_time, save_due, *splits])
             loss, stopping, save_now, state["split"] = loss / n_targets, stopping > 0, save_now > 0, int(max(splits))
             bad = guard.objection(loss)
-            grad_norm = parallel.step(optimizer, config.max_grad_norm, apply=bad is None)
+            parallel.step(optimizer, grad_norm, config.max_grad_norm, apply=bad is None)
             if bad is None and not math.isfinite(grad_norm):
                 bad = f"the gradient is {grad_norm}"
             consumed, cursor, step = state["data_cursor"]["windows"], micro_batches[-1][2], step + 1
@@ -739,8 +740,10 @@ def show_plan(config: TrainConfig, parallel: Parallel) -> None:
 
     def one_step(n: int) -> None:
         batches = [{"inputs": ids, "targets": ids}] * n
-        gradients(job, model, optimizer, batches, B * T * n * world, {"step": 0, "split": 1}, config, parallel)
-        parallel.step(optimizer, config.max_grad_norm)  # reads the norm: a GPU's work is done then
+        total = gradients(job, model, optimizer, batches, B * T * n * world, {"step": 0, "split": 1}, config, parallel)
+        _, norm = parallel.read(total, optimizer)
+        parallel.step(optimizer, norm, config.max_grad_norm)
+        parallel.read(total, optimizer)  # waits until a GPU has done it
 
     def mean(s: float) -> float:
         return parallel.all_sum([s])[0] / world
@@ -761,6 +764,7 @@ def main(config: TrainConfig) -> int:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # for finding faults; every number is written here
     wanted = "bf16" if config.plan_memory_gb and config.dtype == "auto" else config.dtype  # what a GPU would choose
     dtype, why = choose_dtype(wanted, device)
     config.dtype = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]

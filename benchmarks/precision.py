@@ -30,7 +30,8 @@ def main() -> None:
             with parallel.autocast():
                 loss = model(ids, ids) / ids.numel()
             parallel.backward(loss)
-            parallel.step(optimizer, 1.0)
+            _, norm = parallel.read(loss.detach(), optimizer)
+            parallel.step(optimizer, norm, 1.0)
             seconds.append(time.perf_counter() - started)
     fp32, bf16 = (statistics.median(seconds[2:]) * 1000 for *_, seconds in runs.values())
     print(f"{device}: fp32 {fp32:.1f} ms per step, bf16 {bf16:.1f} ms; ratio {fp32 / bf16:.2f}")

@@ -42,7 +42,8 @@ def work() -> None:
                 with parallel.autocast():
                     loss = model(ids[:, :-1], ids[:, 1:])
                 parallel.backward(loss * (parallel.world / (ROWS * T)))
-            parallel.step(optimizer, 1.0)
+            _, norm = parallel.read(loss.detach(), optimizer)
+            parallel.step(optimizer, norm, 1.0)
             return time.perf_counter() - started
 
         def exchange() -> float:

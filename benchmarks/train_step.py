@@ -51,9 +51,10 @@ def ours(args, device, dtype):
         batch = {"inputs": ids[:, :-1], "targets": ids[:, 1:]}
         state.step += 1
         n = batch["targets"].numel()
-        loss = gradients(job, model, optimizer, [batch], n, {"step": state.step, "split": 1}, config, parallel).item() / n
-        parallel.step(optimizer, 1.0)
-        return loss
+        total = gradients(job, model, optimizer, [batch], n, {"step": state.step, "split": 1}, config, parallel)
+        loss, norm = parallel.read(total, optimizer)
+        parallel.step(optimizer, norm, 1.0)
+        return loss / n
 
     return step
 

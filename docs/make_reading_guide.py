@@ -99,7 +99,7 @@ ROWS = [
      "one division by the targets of all processes; bf16; compiled blocks; cut in two where the memory does not suffice",
      r"a training step, [^|]+ \| [^|]+ times the tokens/s, [^|]+ of the memory"),
     ("            torch.nn.utils.clip_grad_norm_(", "            optimizer.zero_grad()", "clip, update, clear",
-     ("parts/parallel.py", "    def step(self, optimizer, max_norm"),
+     ("parts/parallel.py", "    def step(self, optimizer, norm"),
      "over all processes; nothing is updated where the gradient is not finite; the loss scale of fp16", ""),
     ("            lr = scheduler.get_last_lr()[0]", "            scheduler.step()", "the next learning rate",
      (ADVANCED, "            lr = learning_rate(step, config.schedule"), "set before the step, from its number", ""),

@@ -9,7 +9,8 @@ One process or many: the few verbs the training loop knows, the same for none | 
     with Parallel("auto", "auto", "auto") as parallel:
         model, optimizer = parallel.prepare(model, blocks, make_optimizer)
         with parallel.sync(model, last=True): parallel.backward(loss)
-        grad_norm = parallel.step(optimizer, max_norm)
+        loss, grad_norm = parallel.read(loss, optimizer)
+        parallel.step(optimizer, grad_norm, max_norm)
 
 Started by torchrun, which sets RANK, WORLD_SIZE and LOCAL_RANK; NCCL between GPUs, gloo between CPUs, and gloo for the few
 numbers that the ranks agree on, so that no GPU has to wait for them.
@@ -162,6 +163,8 @@ class Parallel:
         if compile_blocks and self.kind == "ddp":
             # Dynamo would cut each block in two where a gradient bucket is full; a block is a good bucket as it is
             torch._dynamo.config.optimize_ddp = False
+        if cpu_offload and self.device.type == "cuda":
+            torch.set_num_threads(max(torch.get_num_threads(), cores_per_rank()))  # torchrun gives each rank one
         if self.kind == "fsdp":
             self._slice(model, blocks, cpu_offload)
         else:
@@ -225,14 +228,23 @@ class Parallel:
         """Add the gradients of a loss; DDP divides by the number of ranks, so the loss comes multiplied by it."""
         (loss * (self.loss_scale["scale"] if self.loss_scale else 1.0)).backward()
 
-    def step(self, optimizer, max_norm: float | None, apply: bool = True) -> float:
+    def read(self, loss, optimizer) -> tuple[float, float]:
         """
-        Unscale, clip the global norm, update, clear; returns the norm before clipping.
+        (summed loss of this rank, norm of the whole gradient before clipping) after the last backward pass of a step.
+
+        The only place of a step that waits for a GPU. Under fsdp the ranks add up their parts of the norm here.
+        """
+        norm = _whole(torch.nn.utils.get_total_norm([p.grad for p in optimizer.names if p.grad is not None]))
+        loss, norm = torch.stack((loss, norm.to(loss.device))).tolist()
+        return loss, norm / (self.loss_scale["scale"] if self.loss_scale else 1.0)
+
+    def step(self, optimizer, norm: float, max_norm: float | None, apply: bool = True) -> None:
+        """
+        Unscale, clip the gradient, whose norm `read` gave, to max_norm, update, clear.
 
         Without `apply`, or where the norm is not finite, nothing is updated.
         """
         scale = self.loss_scale["scale"] if self.loss_scale else 1.0
-        norm = _whole(torch.nn.utils.get_total_norm([p.grad for p in optimizer.names if p.grad is not None])).item() / scale
         finite = math.isfinite(norm)
         if apply and finite:
             optimizer.step(grad_scale=scale * max(1.0, (norm + 1e-6) / max_norm if max_norm else 1.0))
@@ -243,7 +255,6 @@ class Parallel:
             self.loss_scale["good"] += 1
             if self.loss_scale["good"] % 2000 == 0:
                 self.loss_scale["scale"] *= 2
-        return norm
 
     @property
     def finding_scale(self) -> bool:
@@ -280,6 +291,12 @@ def _recompute_in_backward(block) -> None:
         return forward(*args, **kwargs)
 
     block.forward = recomputed
+
+
+def cores_per_rank() -> int:
+    """CPU cores that this machine has for each of its ranks, at least one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def keep_freed_memory(keep: bool = True) -> None:

@@ -12,12 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import TINY, one_error_line, run
+from test_objectives import Kernels
 
 import gpt_train
 import pretraining_advanced
 import pretraining_simple
 from parts import machine, writer
 from parts.machine import choose_dtype, pick_device
+from parts.optim import Optimizer
 from parts.parallel import Parallel
 
 CPU = torch.device("cpu")
@@ -247,7 +249,6 @@ def test_only_blocks_that_draw_random_numbers_save_the_random_state(monkeypatch)
 @pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated")
 def test_ddp_leaves_a_compiled_block_whole(monkeypatch, tmp_path):
     """Dynamo otherwise cuts a block of more than a bucket, 1 MB at first, into two graphs."""
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
     compile_block, graphs = torch.nn.Module.compile, []
 
     def backend(graph, _):
@@ -257,13 +258,14 @@ def test_ddp_leaves_a_compiled_block_whole(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_block(self, backend=backend, **options))
     torch._dynamo.reset()
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    parallel = Parallel("none", CPU, torch.float32)
+    parallel.kind = "ddp"
+    model = gpt_train.GPT(gpt_train.GPTConfig(vocab_size=64, block_size=16, n_layer=1, n_head=2, n_embd=384))
+    ids = torch.zeros(1, 16, dtype=torch.int64)
     try:
-        parallel = Parallel("none", CPU, torch.float32)
-        parallel.kind = "ddp"
-        model = gpt_train.GPT(gpt_train.GPTConfig(vocab_size=64, block_size=16, n_layer=1, n_head=2, n_embd=384))
-        model, _ = parallel.prepare(model, (gpt_train.Block,), lambda model: None, compile_blocks=True)
-        ids = torch.zeros(1, 16, dtype=torch.int64)
-        model(ids, ids).backward()
+        with torch._dynamo.config.patch(optimize_ddp=True):  # restored after the test
+            model, _ = parallel.prepare(model, (gpt_train.Block,), lambda model: None, compile_blocks=True)
+            model(ids, ids).backward()
         assert len(graphs) == 1
         weight = model.module.h[0].mlp.c_fc.weight
         assert weight.grad.untyped_storage().nbytes() > weight.nbytes, "the gradient lies in the bucket, not beside it"
@@ -271,3 +273,45 @@ def test_ddp_leaves_a_compiled_block_whole(monkeypatch, tmp_path):
         parallel.wrapped = model = None
         dist.destroy_process_group()
         torch._dynamo.reset()
+
+
+def test_a_step_reads_the_device_once():
+    """Each read waits until a GPU has done all its work; loss and norm are one."""
+    model = gpt_train.GPT(gpt_train.GPTConfig(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=8))
+    parallel = Parallel("none", CPU, torch.float32)
+    model, optimizer = parallel.prepare(model, (gpt_train.Block,), lambda model: Optimizer(model, (), "adamw", 0.1, CPU))
+    job = pretraining_advanced.Job(model, None, None, pretraining_advanced.gpt_loss, (), 0, {})
+    ids, state = torch.zeros(2, 8, dtype=torch.int64), {"step": 0, "split": 1}
+    config, expected = pretraining_advanced.TrainConfig(batch_size=2), None
+    with Kernels() as operators:
+        total = pretraining_advanced.gradients(job, model, optimizer, [{"inputs": ids, "targets": ids}], 16, state, config, parallel)
+        expected = total, torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        operators.names.clear()
+        loss, norm = parallel.read(total, optimizer)
+        parallel.step(optimizer, norm, 1.0)
+    assert (loss, norm) == tuple(t.item() for t in expected)
+    assert not [name for name in operators.names if "_local_scalar_dense" in name], "besides the list of the stacked two"
+
+
+@pytest.mark.parametrize(("device", "threads"), [("cuda:0", [4]), ("cpu", [])])
+def test_offloaded_ranks_share_the_cores_of_the_machine(monkeypatch, device, threads):
+    """torchrun gives each rank one thread, and the optimizer of --cpu_offload computes on the CPU."""
+    found = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(Parallel, "_slice", lambda *_: None)
+    parallel = Parallel("none", torch.device(device), torch.float32)
+    parallel.kind = "fsdp"
+    parallel.prepare(torch.nn.Linear(2, 2), (), lambda model: None, cpu_offload=True)
+    assert found == threads
+
+
+def test_the_simple_trainer_multiplies_in_tf32_on_a_gpu_only(monkeypatch, tmp_path):
+    chosen = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    with contextlib.chdir(tmp_path):
+        assert SCRIPTS["simple"]("cpu") == 0 and chosen == []
+        FakeCuda(monkeypatch)
+        assert SCRIPTS["simple"]("cuda") == 0 and chosen == ["high"]

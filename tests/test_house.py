@@ -9,8 +9,8 @@ from conftest import ROOT, run
 SCRIPTS = ["pretraining_simple.py", "pretraining_advanced.py", "prep_dataset.py", "gpt_train.py", "wt_load.py"]
 BUDGETS = {  # lines; raising one is a decision, with its reason in the commit
     "pretraining_simple.py": 262,
-    "pretraining_advanced.py": 780,
-    "gpt_train.py": 640,
+    "pretraining_advanced.py": 800,
+    "gpt_train.py": 650,
     "wt_load.py": 600,
     "prep_dataset.py": 550,
     "test_smollm.py": 300,
