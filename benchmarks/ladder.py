@@ -54,7 +54,7 @@ def climb(args) -> None:
         fused = parts.optim.AdamW
         parts.optim.AdamW = type("AdamW", (fused,), {"__init__": lambda self, groups, **_: fused.__init__(self, groups, fused=False)})
     if "freed memory kept" not in on:
-        parts.parallel.keep_freed_memory = lambda: None
+        parts.parallel.keep_freed_memory = lambda *_: None
     args.eager, dtype = "compile" not in on, torch.bfloat16 if "bf16" in on else torch.float32
     step, seconds = ours(args, device, dtype), []
     ids = torch.randint(50257, (args.batch_size, args.context_length + 1)).to(device)
