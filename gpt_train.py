@@ -186,7 +186,7 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
-        self.draws_random = config.dropout > 0  # for activation checkpointing: the random state need not be saved without
+        self.draws_random = config.dropout > 0  # activation checkpointing saves the random state
 
     def forward(self, x, cache: LayerCache | None = None):
         """x (B, T, C) -> (B, T, C)."""
@@ -436,9 +436,10 @@ def generate(model, ids, max_new_tokens, *, should_stop=None, **options):
 
 def continuations(model, tokenizer, device, prompt: str, num_samples: int, max_new_tokens: int, **options) -> list[str]:
     """
-    What the model writes after `prompt` ("": begins a document), one text per sample; options as for `generate`.
+    What the model writes after `prompt` ("" begins a document): one text per sample.
 
-    Each text ends at its end-of-text. With stop_token=None the model is called max_new_tokens times all the same.
+    Options as for `generate`. Each text ends before its end-of-text; with stop_token=None the model
+    is called max_new_tokens times all the same.
     """
     start = [tokenizer.eot, *tokenizer.encode(prompt).tolist()]
     options = {"stop_token": tokenizer.eot, "n_ids": tokenizer.vocab_size} | options

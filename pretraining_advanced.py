@@ -198,8 +198,8 @@ def gpt_job(config: TrainConfig, building) -> Job:
         model.load_state_dict(weights)
 
     def sample(model, device, should_stop) -> str:
-        # stop_token: under fsdp all ranks call the model equally often, also where one has met the end of the text
-        options = {"temperature": 0.8, "top_k": 50, "seed": 0, "should_stop": should_stop, "stop_token": None}
+        options = {"temperature": 0.8, "top_k": 50, "seed": 0, "should_stop": should_stop}
+        options |= {"stop_token": None}  # under fsdp every rank calls the model equally often
         return continuations(model, tokenizer, device, "", 1, 80, **options)[0]
 
     return Job(
@@ -764,7 +764,7 @@ def main(config: TrainConfig) -> int:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # for finding faults; every number is written here
+        torch.utils.deterministic.fill_uninitialized_memory = False  # every number is written here
     wanted = "bf16" if config.plan_memory_gb and config.dtype == "auto" else config.dtype  # what a GPU would choose
     dtype, why = choose_dtype(wanted, device)
     config.dtype = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]

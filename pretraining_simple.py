@@ -135,7 +135,7 @@ def main(config: SimpleConfig) -> int:
     """Train one model; returns the exit code."""
     device = pick_device(config.device)
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # products in TF32: fp32 with 10 bits of fraction, several times as fast
+        torch.set_float32_matmul_precision("high")  # TF32 products: fast, with 10 bits of fraction
     resolve(config, device)
     torch.manual_seed(config.seed)
     B, T, run_dir = config.batch_size, config.context_length, Path(config.output_dir)

@@ -22,8 +22,8 @@ project. A part that needs another package is skipped and names it. The parts ru
 Each process that uses the GPU is a child, so a crash ends one part and the next one runs. --quick
 takes a nano model and 32 tokens instead of 124M. On disk: on_gpu_data/ (8 MB of token shards, made
 if it is absent); on_gpu/ with on_gpu.json and on_gpu.md, written again after each part, traces
-of the profiler, and logs/ with the output of each child. Runs and checkpoints are in $TMPDIR (10 GB)
-until the end. Exit code 0: all parts are ok or skipped; 1: one failed or did not run; 2: bad
+of the profiler, and logs/ with the output of each child. Runs and checkpoints are in $TMPDIR (10
+GB) until the end. Exit code 0: all parts are ok or skipped; 1: one failed or did not run; 2: bad
 arguments; 130: stopped by Ctrl-C or SIGTERM, after the table.
 """
 

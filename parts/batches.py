@@ -192,7 +192,7 @@ class Prefetch:
         pin = self.device.type == "cuda"  # a copy from pinned memory runs beside the computation
         try:
             if pin:
-                torch.cuda.set_device(self.device)  # each thread has a current GPU, at first number 0
+                torch.cuda.set_device(self.device)  # a new thread begins with GPU 0
             for batch in batches:
                 if self.stopped.is_set():
                     return

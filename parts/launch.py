@@ -28,8 +28,10 @@ def _on_requests(handler) -> dict:
 
 def quiet_ctrl_c() -> None:
     """
-    From now on a request to stop exits at once, with its exit code and no traceback. For the seconds in which torch is
-    imported; a missing package is reported in one line, then and later. Also sets what torch reads from the environment.
+    Exit at once on a request to stop, with its exit code and no traceback.
+
+    For the seconds in which torch is imported. A missing package is reported in one line, then and
+    later. Also sets what torch reads from the environment.
     """
     _on_requests(lambda number, _: os._exit(130 if number == signal.SIGINT else 75))
     sys.excepthook = _tell

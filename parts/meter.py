@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-# Dense bf16/fp16 operations per second with fp32 sums, from the makers' data sheets. The words of a key stand in the name of
-# the device; of several keys the one with the most words counts.
+# Dense bf16/fp16 operations per second with fp32 sums, from the makers' data sheets. A key matches
+# a device whose name contains all its words; of several keys the one with the most words counts.
 PEAK_FLOPS = {
     "GB300": 2500e12,
     "B300": 2250e12,
@@ -48,7 +48,7 @@ PEAK_FLOPS = {
     "V100": 125e12,
     "T4": 65e12,
 }
-# Words of another device than its key: smaller chips of that name, or a part of one (MIG, and vGPU such as 24Q).
+# Words that make it another device: a variant of the chip, or a part of it (MIG, a vGPU like 24Q).
 OTHER_DEVICE = re.compile(r"Laptop|Mobile|Max|D|Ti|SUPER|MIG|\d+[ABCQ]")
 HISTOGRAM_BINS = 64
 FIGURES = ("tokens", "train_loss", "val_loss", "lr", "grad_norm")  # of a record; what is no number there is damage

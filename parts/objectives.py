@@ -1,9 +1,10 @@
 """
 The loss of a language model, without its largest tensor.
 
-50,257 logits in fp32 for each of 16,000 positions are 3.3 GB, and plain cross-entropy holds them three times. Here
-the logits are computed for a few positions at a time, and turned into their gradient in place: what is passed on to the
-hidden states and to the head is finished when the loss is (Wijmans et al. 2024, and Liger Kernel, do this in GPU kernels).
+50,257 logits in fp32 for each of 16,000 positions are 3.3 GB, and plain cross-entropy allocates them
+three times. Here the logits are computed for some positions at a time and turned into their
+gradient in place, so the gradients by the hidden states and by the head are ready when the loss
+is. Wijmans et al. 2024 and Liger Kernel do this in GPU kernels.
 
 Letters: N positions, C width, V vocabulary, n positions of one piece.
 """
@@ -24,20 +25,21 @@ _one_kernel = None  # the softmax as compiled by compile_softmax
 
 
 def compile_softmax(on: bool) -> None:
-    """From now on the softmax, the loss and its gradient are one compiled kernel, or (on=False) torch's own one by one."""
+    """Compute the softmax, the loss and its gradient in one compiled function, or one by one."""
     global _one_kernel
     _one_kernel = torch.compile(_softmax_for_compiler, dynamic=False) if on else None
 
 
 def cross_entropy_of_head(hidden, weight, targets):
     """
-    fp32 sum of the cross-entropy of logits = hidden @ weight.T over the targets that are not -100, a scalar.
+    fp32 sum of the cross-entropy of logits = hidden @ weight.T over targets that are not -100.
 
-    hidden (N, C), weight (V, C), targets (N,) int64. Under autocast the products are in its dtype, the softmax is in fp32
-    always. The same numbers as F.cross_entropy of the whole logits, to rounding; it can be differentiated once.
+    hidden (N, C), weight (V, C), targets (N,) int64; returns a scalar. Under autocast the products
+    are in its dtype; the softmax is always in fp32. Equals F.cross_entropy of the whole logits, to
+    rounding. It can be differentiated once.
     """
     dtype = _product_dtype(hidden)
-    if not torch.is_grad_enabled():  # a Function is told what requires a gradient, not whether one is wanted
+    if not torch.is_grad_enabled():  # which an autograd.Function does not see in its inputs
         hidden, weight = hidden.detach(), weight.detach()
     if dtype == torch.float16:  # its gradient would have to be scaled before it is known by what
         logits = F.linear(hidden, _padded(weight, dtype))[:, : len(weight)]
@@ -46,21 +48,26 @@ def cross_entropy_of_head(hidden, weight, targets):
 
 
 def head_bytes(N: int, C: int, V: int, dtype: torch.dtype, device: str) -> int:
-    """Bytes that cross_entropy_of_head holds for a moment, besides the gradient of the head; a device such as "cuda"."""
+    """
+    Bytes that cross_entropy_of_head allocates for a moment, besides the gradient of the head.
+
+    N positions, width C, vocabulary V; a device such as "cuda:1".
+    """
     e = dtype.itemsize
     if dtype == torch.float16:
-        return N * V * 3 * 4  # in the backward pass: the logarithms of the softmax, their gradient, and that of the logits
+        return N * V * 3 * 4  # log-softmax, its gradient and that of the logits, in fp32
     width = V if e == 4 else -(-V // 64) * 64
     rows, few = _at_once(N, width, device == "cpu")
     return rows * width * e + few * width * 4 + (width * C * e if e < 4 else 0) + N * C * (e + 4)
 
 
 def _at_once(N: int, V: int, on_cpu: bool) -> tuple[int, int]:
-    """Positions whose logits' gradient is held at once, and of these, those that are in the softmax."""
+    """(positions whose logits are allocated at once, how many of these one softmax takes)."""
     if on_cpu:
         rows = -(-N // -(-N * V // HELD))
         return rows, max(1, min(rows, IN_CACHE // V))
-    rows = min(N, 1 << max(0, (HELD_ON_GPU // V).bit_length() - 1))  # a power of two: pieces of one shape, whole tiles
+    at_most = max(1, HELD_ON_GPU // V)
+    rows = min(N, 1 << (at_most.bit_length() - 1))  # a power of two: pieces of one shape
     return rows, rows
 
 
@@ -70,11 +77,11 @@ def _product_dtype(hidden) -> torch.dtype:
 
 
 def _padded(weight, dtype):
-    """The head in the dtype of its products; in 16 bits with rows of zeros up to a multiple of 64, where they are faster."""
+    """The head in the dtype of its products; in 16 bits padded with zeros to a multiple of 64 rows."""
     if dtype == torch.float32:
         return weight
     V, C = weight.shape
-    w = torch.empty(-(-V // 64) * 64, C, dtype=dtype, device=weight.device)
+    w = torch.empty(-(-V // 64) * 64, C, dtype=dtype, device=weight.device)  # faster products
     w[:V] = weight
     w[V:] = 0
     return w
@@ -84,8 +91,8 @@ class _Blocked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, dtype):
         with torch.autocast(hidden.device.type, enabled=False):
-            on_cpu, wanted = hidden.device.type == "cpu", ctx.needs_input_grad[:2]
-            loss, d_hidden, d_weight = _loss_and_gradients(hidden, weight, targets, dtype, on_cpu, *wanted)
+            options = (dtype, hidden.device.type == "cpu", *ctx.needs_input_grad[:2])
+            loss, d_hidden, d_weight = _loss_and_gradients(hidden, weight, targets, *options)
         ctx.save_for_backward(d_hidden, d_weight)
         return loss
 
@@ -96,15 +103,17 @@ class _Blocked(torch.autograd.Function):
         return d_hidden if d_hidden is None else d_hidden * of_loss, d_weight if d_weight is None else d_weight.mul_(of_loss), None, None
 
 
-def _loss_and_gradients(hidden, weight, targets, dtype, on_cpu: bool, for_hidden: bool, for_weight: bool):
-    """(loss, its gradient by hidden or None, its gradient by weight or None); small pieces on_cpu, large ones elsewhere."""
+def _loss_and_gradients(hidden, weight, targets, dtype, on_cpu, for_hidden, for_weight):
+    """(loss, gradient by hidden or None, gradient by weight or None); pieces are small on a CPU."""
     (N, C), V, device = hidden.shape, len(weight), hidden.device
-    kept, targets = targets != -100, targets.clamp(min=0)[:, None]  # (N,), (N, 1)
-    h = hidden.detach().to(dtype) * kept[:, None]  # (N, C); a row of zeros adds nothing to the gradient of the head
-    w = _padded(weight.detach(), dtype)  # (V or a few more, C)
+    kept = targets != -100  # (N,)
+    targets = targets.clamp(min=0)[:, None]  # (N, 1)
+    h = hidden.detach().to(dtype) * kept[:, None]  # (N, C); rows of zeros add nothing to d_weight
+    w = _padded(weight.detach(), dtype)  # (V or more, C)
     rows, few = _at_once(N, len(w), on_cpu)
     logits = torch.empty(rows, len(w), dtype=dtype, device=device)
-    softmax = _one_kernel or functools.partial(_softmax_in_place, room=torch.empty(few, len(w), device=device))
+    room = None if _one_kernel else torch.empty(few, len(w), device=device)
+    softmax = _one_kernel or functools.partial(_softmax_in_place, room=room)
     loss = torch.zeros((), device=device)
     d_hidden = torch.empty(N, C, dtype=dtype, device=device) if for_hidden else None
     d_weight = torch.empty_like(weight) if for_weight else None
@@ -112,7 +121,7 @@ def _loss_and_gradients(hidden, weight, targets, dtype, on_cpu: bool, for_hidden
         stop = min(start + rows, N)
         for first in range(start, stop, few):
             last = min(first + few, stop)
-            z = logits[first - start : last - start]  # (n, V or a few more)
+            z = logits[first - start : last - start]  # (n, V or more)
             torch.mm(h[first:last], w.T, out=z)
             z[:, V:] = -torch.inf
             loss += softmax(z, targets[first:last], kept[first:last], for_hidden or for_weight)
@@ -130,7 +139,8 @@ def _softmax_in_place(z, target, kept, gradient: bool, room):
     """
     fp32 sum of the cross-entropy of logits z (n, V) over the targets (n, 1) that are kept (n,).
 
-    With `gradient`, z becomes the gradient of that sum by it, kept or not. `room` (n or more, V) fp32 is overwritten.
+    With `gradient`, z is replaced by the gradient of each row's own loss, also where it is not
+    kept. `room` (n or more, V) in fp32 is overwritten.
     """
     p = room[: len(z)]
     torch.softmax(p.copy_(z), dim=1, out=p)
@@ -144,7 +154,7 @@ def _softmax_in_place(z, target, kept, gradient: bool, room):
 
 
 def _softmax_for_compiler(z, target, kept, gradient: bool):
-    """The same without room, as a compiler likes it: it reads z twice and writes it once."""
+    """The same, written so that a compiler can fuse it: z is read twice and written once."""
     x = z.float()
     highest = x.amax(dim=1, keepdim=True)
     exponentials = (x - highest).exp()
@@ -157,7 +167,7 @@ def _softmax_for_compiler(z, target, kept, gradient: bool):
 
 
 def _add_product(total, z, h, is_first: bool, on_cpu: bool) -> None:
-    """Add z.T @ h to `total` (V, C) in fp32, or begin with it. z (n, V) and h (n, C) may be in 16 bits."""
+    """Add z.T @ h to `total` (V, C) in fp32, or store it there. z (n, V), h (n, C)."""
     if not on_cpu and (z.dtype == total.dtype or _adds_in_fp32(z.device.type, z.dtype)):
         options = {} if z.dtype == total.dtype else {"out_dtype": total.dtype}
         torch.addmm(total, z.T, h, beta=0 if is_first else 1, out=total, **options)
@@ -173,8 +183,9 @@ def _add_product(total, z, h, is_first: bool, on_cpu: bool) -> None:
 
 @functools.cache
 def _adds_in_fp32(device: str, dtype: torch.dtype) -> bool:
-    """Whether one kernel adds a product of 16-bit matrices to an fp32 matrix here; torch has it on CUDA since 2.8."""
-    factor, total = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
+    """Whether one kernel adds a 16-bit product to an fp32 matrix here (on CUDA since torch 2.8)."""
+    factor = torch.zeros(16, 16, dtype=dtype, device=device)
+    total = torch.zeros(16, 16, device=device)
     try:
         torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
     except (RuntimeError, TypeError):

@@ -110,15 +110,16 @@ class Optimizer:
             galore = _galore(kind, device)
             self.parts = [galore([*groups, {"params": special, "weight_decay": weight_decay, **low_rank}], lr=0.0, betas=BETAS)]
             if kind == "galore8bit":
-                # galore-torch 1.0 passes arguments by position, and from bitsandbytes 0.50 on they land on these two:
-                # then every update is scaled by the size of its weights, and a bias that begins at zero never moves
+                # galore-torch 1.0 passes two arguments by position that bitsandbytes 0.50 reads as
+                # these: updates scaled by the size of the weights, and a zero bias never moves
                 self.parts[0].args.max_unorm = 0.0
                 self.parts[0].args.skip_zeros = False
         else:
             self.parts = [AdamW(groups, fused=device.type != "mps")]
             if kind == "muon":
                 if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-                    raise ValueError("--optimizer muon: torch computes it in bf16, which this GPU does not have; use adamw or galore")
+                    why = "torch computes it in bf16, which this GPU does not have"
+                    raise ValueError(f"--optimizer muon: {why}; use adamw or galore")
                 matrices = [piece for p in special for piece in self._pieces(p)]
                 # the same learning rate as AdamW's then gives updates of the same size (Liu et al. 2025)
                 self.parts.append(torch.optim.Muon(matrices, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))

@@ -161,10 +161,11 @@ class Parallel:
             if compile_blocks:
                 block.compile(dynamic=False)  # a new shape would otherwise change the kernels of the old one
         if compile_blocks and self.kind == "ddp":
-            # Dynamo would cut each block in two where a gradient bucket is full; a block is a good bucket as it is
+            # Dynamo would split each block where a gradient bucket is full
             torch._dynamo.config.optimize_ddp = False
         if cpu_offload and self.device.type == "cuda":
-            torch.set_num_threads(max(torch.get_num_threads(), cores_per_rank()))  # torchrun gives each rank one
+            # the optimizer computes on the CPU, and torchrun gives each rank one thread
+            torch.set_num_threads(max(torch.get_num_threads(), cores_per_rank()))
         if self.kind == "fsdp":
             self._slice(model, blocks, cpu_offload)
         else:
@@ -180,7 +181,8 @@ class Parallel:
         ids = [self.device.index] if self.device.type == "cuda" else None
         # find_unused_parameters keeps the gradient buckets as they are; DDP otherwise orders them anew after the first
         # backward, and from 3 ranks up a resumed run would add in another order than the straight one
-        options = {"find_unused_parameters": True, "broadcast_buffers": False, "gradient_as_bucket_view": True}
+        options = {"find_unused_parameters": True, "broadcast_buffers": False}
+        options |= {"gradient_as_bucket_view": True}  # no second copy of the gradients
         self.wrapped = DistributedDataParallel(model, device_ids=ids, **options)
         return self.wrapped, optimizer
 
@@ -217,8 +219,9 @@ class Parallel:
         """
         Products in bf16 or fp16 where that was chosen; weights, sums and losses stay fp32.
 
-        Without autocast's cache, which would keep a 16-bit copy of every weight until the end of the forward pass, also in
-        evaluation and under activation checkpointing: 2.9 GB for 1558M. Each weight is used once, so nothing is cast twice.
+        Autocast's cache is off: it would keep a 16-bit copy of every weight until the end of the
+        forward pass, also in evaluation and under activation checkpointing (2.9 GB for 1558M). Each
+        weight is used once, so nothing is cast twice.
         """
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
@@ -230,11 +233,13 @@ class Parallel:
 
     def read(self, loss, optimizer) -> tuple[float, float]:
         """
-        (summed loss of this rank, norm of the whole gradient before clipping) after the last backward pass of a step.
+        (summed loss of this rank, norm of the whole gradient before clipping), after the last
+        backward pass of a step.
 
-        The only place of a step that waits for a GPU. Under fsdp the ranks add up their parts of the norm here.
+        The only read of a GPU in a step. Under fsdp the ranks add up their parts of the norm here.
         """
-        norm = _whole(torch.nn.utils.get_total_norm([p.grad for p in optimizer.names if p.grad is not None]))
+        grads = [p.grad for p in optimizer.names if p.grad is not None]
+        norm = _whole(torch.nn.utils.get_total_norm(grads))
         loss, norm = torch.stack((loss, norm.to(loss.device))).tolist()
         return loss, norm / (self.loss_scale["scale"] if self.loss_scale else 1.0)
 
@@ -279,15 +284,17 @@ def _why_no_group(e: RuntimeError, device) -> str:
 
 def _recompute_in_backward(block) -> None:
     """
-    Keep only the block's input, and compute the rest again when its gradient is needed (Chen et al. 2016).
+    Keep only the block's input, and recompute the rest in the backward pass (Chen et al. 2016).
 
-    The random state is saved for that, and read from the GPU, unless the block says `draws_random = False`.
+    The random state is saved for that, which reads it from the GPU, unless the block says
+    `draws_random = False`.
     """
-    forward, draws_random = block.forward, getattr(block, "draws_random", True)
+    forward = block.forward
+    options = {"use_reentrant": False, "preserve_rng_state": getattr(block, "draws_random", True)}
 
     def recomputed(*args, **kwargs):
         if torch.is_grad_enabled():
-            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=draws_random, **kwargs)
+            return checkpoint(forward, *args, **options, **kwargs)
         return forward(*args, **kwargs)
 
     block.forward = recomputed
@@ -295,7 +302,9 @@ def _recompute_in_backward(block) -> None:
 
 def cores_per_rank() -> int:
     """CPU cores that this machine has for each of its ranks, at least one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        cores = len(os.sched_getaffinity(0))
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 

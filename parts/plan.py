@@ -81,16 +81,18 @@ def memory(config, s: Setting, optimizer_bytes: int, logits_bytes: int) -> dict[
     """
     Bytes of one process while it trains, by part, and "peak": the most of them at one time, on the device of the training.
 
-    optimizer_bytes: its state for the whole model; logits_bytes: what the head and its loss hold for a moment. The two moments
-    of a step that can be the peak are the end of the forward pass (all activations and logits, the gradient of the head, and the
-    gradients of earlier micro-batches) and the end of the backward pass (all gradients).
+    optimizer_bytes: its state for the whole model; logits_bytes: what the head and its loss
+    allocate for a moment. The peak is at the end of the forward pass (all activations and logits,
+    the gradient of the head, gradients of earlier micro-batches) or of the backward pass (all
+    gradients).
     """
     C, weights = config.n_embd, 4 * count_parameters(config)
     slices, exchange = s.world if s.parallel == "fsdp" else 1, 0
-    head = 4 * config.vocab_size * C  # the gradient of the embedding, which is the head, is made in the forward pass
-    earlier = weights if s.grad_accum_steps > 1 else 0  # fsdp too keeps whole gradients until the last micro-batch
+    head = 4 * config.vocab_size * C  # its gradient is computed in the forward pass
+    # gradients of earlier micro-batches: fsdp too keeps them whole until it exchanges the last one
+    earlier = weights if s.grad_accum_steps > 1 else 0
     gradients = max(earlier, weights // slices)
-    if s.parallel == "ddp":  # buckets, allocated at the start; the gradients are views of them from the exchange on
+    if s.parallel == "ddp":  # buckets, allocated at the start; gradients are views of them at last
         exchange, earlier = earlier, earlier + weights
     elif s.parallel == "fsdp":
         exchange = 2 * (head + 2 * 4 * 12 * C * C)  # whole weights, and gradients, of the embedding and two blocks

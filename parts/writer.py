@@ -24,9 +24,7 @@ class Writer:
         self.write, self.tell, self.thread, self.error, self.room = save, tell, None, None, None
 
     def reserve(self, n_bytes: int, device) -> None:
-        """
-        Allocate the memory for copies of that many bytes from `device`, in the thread: its first use takes a second per GB.
-        """
+        """Allocate memory for copies of that many bytes, in a thread: a second per GB."""
         if n_bytes > SMALL:
             self._start(self._take, n_bytes, device)
 
@@ -40,7 +38,7 @@ class Writer:
                 if not at_once and self.room is not None and start + tensor.nbytes <= len(self.room):
                     place = self.room[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
                     on_gpus |= {tensor.device} if tensor.is_cuda else set()
-                    # elsewhere (mps) a copy that is not waited for may be read before it has arrived
+                    # on mps a copy that nobody waits for may be read before it has arrived
                     tensor = place.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
                     start += -(-tensor.nbytes // 64) * 64
                 else:  # small, or written before anything can change
@@ -94,11 +92,11 @@ class Writer:
 
 def pin(room, device) -> bool:
     """
-    Lock the memory of a CPU tensor, so that a GPU copies into it at full speed; False where CUDA refuses.
+    Pin the memory of a CPU tensor, for fast copies from a GPU; False if CUDA refuses.
 
-    Memory that torch pins is rounded up to a power of two: 18.7 GB would take 34.4. This takes what there is.
+    torch's own pinned memory is rounded up to a power of two: 18.7 GB would take 34.4.
     """
-    torch.cuda.set_device(device)  # of this thread; otherwise GPU 0 would get a context, and lose memory
+    torch.cuda.set_device(device)  # in this thread; otherwise GPU 0 would get a context
     cudart, address = torch.cuda.cudart(), room.data_ptr()
     if int(cudart.cudaHostRegister(address, room.nbytes, 1)):  # 1: for all GPUs
         return False
@@ -116,7 +114,11 @@ def available_memory() -> float:
 
 
 def free_memory(device: str) -> tuple[float, str]:
-    """(bytes that a process can have on a device such as "cuda:1", its name); processes of one machine share the CPU's memory."""
+    """
+    (bytes that a process can have on a device such as "cuda:1", the name of the device).
+
+    The processes of one machine share the memory of its CPU.
+    """
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_name(device)
     if device == "mps":
@@ -126,9 +128,10 @@ def free_memory(device: str) -> tuple[float, str]:
 
 def offloaded_bytes(n_weights: list[int], world: int, pinned: bool) -> int:
     """
-    Bytes of one rank's slices of tensors with so many numbers: weights, gradients and two moments, in fp32.
+    Bytes of one rank's slices of weights, their gradients and two moments, in fp32.
 
-    Weights and gradients that are pinned, for a GPU, take the next power of two each.
+    n_weights: numbers in each tensor. Pinned weights and gradients, for a GPU, take the next power
+    of two each.
     """
     slices = [4 * -(-n // world) for n in n_weights]
     return sum(2 * n + 2 * (1 << (n - 1).bit_length() if pinned else n) for n in slices)

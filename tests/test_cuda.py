@@ -125,8 +125,8 @@ def test_sampling_and_scoring_take_the_gpu_that_was_named(monkeypatch, capsys):
         (AssertionError("Torch not compiled with CUDA enabled"), "is built without CUDA; install a CUDA build"),
         (RuntimeError("The NVIDIA driver on your system is too old (found version 11040)."), "update the driver"),
         (RuntimeError("Found no NVIDIA driver on your system."), "no NVIDIA driver was found"),
-        (RuntimeError("CUDA error: no kernel image is available for execution on the device"), "has no kernels for this GPU"),
-        (RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"), "used by another program"),
+        (RuntimeError("CUDA error: no kernel image is available for execution on the device"), "has no kernels for this GPU, only"),
+        (RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"), "another program has this GPU for itself"),
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), "the memory of the GPU is full"),
         (RuntimeError("CUDA error: something new\nmore"), "'cuda' cannot be used here (CUDA error: something new more)"),
     ],
@@ -137,6 +137,16 @@ def test_a_gpu_that_cannot_be_used_is_one_line_with_the_way_out(monkeypatch, err
         pick_device("cuda")
     text = str(e.value)
     assert text.startswith("--device cuda: ") and told in text and text.endswith(", or use --device cpu") and "\n" not in text
+
+
+def test_a_gpu_that_auto_cannot_use_is_told(monkeypatch, capsys):
+    """Otherwise a month of training runs on the CPU, because a driver is old."""
+    FakeCuda(monkeypatch, first_use=RuntimeError("The NVIDIA driver on your system is too old (found version 11040)."))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os.path, "exists", lambda path: path == "/proc/driver/nvidia")
+    assert pick_device("auto") == CPU
+    assert capsys.readouterr().err.startswith("warning: this run is on the CPU, not on the GPU: the NVIDIA driver is too old")
+    assert pick_device("cpu") == CPU and capsys.readouterr().err == "", "as asked"
 
 
 def test_a_gpu_that_is_not_there_is_told_with_how_many_there_are(monkeypatch):
