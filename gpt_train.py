@@ -40,7 +40,7 @@ from parts.compare import compare
 from parts.config import parse
 from parts.formats import shape_of
 from parts.launch import error_line, run_script
-from parts.machine import choose_dtype, pick_device
+from parts.machine import DTYPES, choose_dtype, pick_device
 from parts.meter import read_metrics
 from parts.objectives import cross_entropy_of_head, head_bytes
 from parts.optim import state_bytes_of
@@ -186,7 +186,7 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
-        self.draws_random = config.dropout > 0  # activation checkpointing saves the random state
+        self.draws_random = config.dropout > 0  # then recomputing needs the random state of before
 
     def forward(self, x, cache: LayerCache | None = None):
         """x (B, T, C) -> (B, T, C)."""
@@ -248,7 +248,7 @@ class GPT(nn.Module):
 def memory_of(config: GPTConfig, s: Setting, galore_rank: int = 128) -> dict[str, int]:
     """Bytes that training a GPT of this shape takes, by part, with the "peak" among them; nothing is built. See parts/plan.py."""
     C, L, n = config.n_embd, config.n_layer, count_parameters(config)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[s.dtype]
+    dtype = DTYPES[s.dtype]
     state = state_bytes_of([(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)] * L, n - 12 * L * C * C, s.optimizer, galore_rank)
     logits = head_bytes(s.batch_size * config.block_size, C, config.vocab_size, dtype, s.device)
     in_products = attends_in_products(torch.device(s.device), dtype, config.block_size, config.dropout)

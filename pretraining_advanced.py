@@ -45,7 +45,7 @@ from parts.batches import Prefetch, TrainBatches, cut, stir, val_batches
 from parts.config import parse
 from parts.guard import Guard
 from parts.launch import StopRequest, error_line, launch_facts, run_script
-from parts.machine import attention_kernel, choose_dtype, out_of_memory, why_no_compiler
+from parts.machine import DTYPES, attention_kernel, choose_dtype, out_of_memory, why_no_compiler
 from parts.meter import Journal, Speed, memory_gib, peak_flops
 from parts.objectives import compile_softmax
 from parts.optim import Optimizer, learning_rate, predicted_state_bytes, slice_like
@@ -765,9 +765,12 @@ def main(config: TrainConfig) -> int:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # every number is written here
-    wanted = "bf16" if config.plan_memory_gb and config.dtype == "auto" else config.dtype  # what a GPU would choose
-    dtype, why = choose_dtype(wanted, device)
-    config.dtype = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    if config.plan_memory_gb and config.device == "auto":  # another GPU may have what this lacks
+        config.dtype = "bf16" if config.dtype == "auto" else config.dtype
+        dtype, why = DTYPES[config.dtype], "planned for another GPU"
+    else:
+        dtype, why = choose_dtype(config.dtype, device)
+        config.dtype = next(name for name, kind in DTYPES.items() if kind == dtype)
     with Parallel(config.parallel, device, dtype) as parallel:
         say(f"{device}, {parallel.world} process{'es' if parallel.world > 1 else ''}, {config.dtype}: {why}", parallel)
         with parallel.agree():

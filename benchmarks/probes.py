@@ -27,7 +27,7 @@ from train_step import ours
 import gpt_train
 from gpt_train import GPTConfig, flops_per_token, memory_of, pick_device
 from parts import corpus, shards
-from parts.machine import choose_dtype
+from parts.machine import DTYPES, choose_dtype
 from parts.meter import peak_flops, read_metrics
 from parts.plan import Setting
 from parts.tokenizers import EOT, Tokenizer, byte_tokenizer
@@ -79,7 +79,7 @@ def facts(given: dict) -> dict:
     cuda = device.type == "cuda"
     dtype, reason = choose_dtype("auto", device)
     shape = GPTConfig.of_size(given["size"], block_size=given["T"])
-    short = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    short = next(name for name, kind in DTYPES.items() if kind == dtype)
     memory, name = free_memory(str(device))[0], platform.machine()
     if cuda:
         memory = torch.cuda.get_device_properties(device).total_memory

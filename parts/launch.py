@@ -36,9 +36,8 @@ def quiet_ctrl_c() -> None:
     _on_requests(lambda number, _: os._exit(130 if number == signal.SIGINT else 75))
     sys.excepthook = _tell
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warns of find_unused_parameters, which is wanted for its order of adding
-    if (
-        sys.platform == "linux" and "PYTORCH_ALLOC_CONF" not in os.environ
-    ):  # memory of a GPU that grows in place: other shapes leave no holes
+    if sys.platform == "linux" and "PYTORCH_ALLOC_CONF" not in os.environ:
+        # segments of GPU memory that can grow: micro-batches of another size leave no holes
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 

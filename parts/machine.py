@@ -13,6 +13,7 @@ import sys
 
 import torch
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Words of an error that CUDA or torch raises on the first use of a device -> what to tell people.
 WHY_NO_CUDA = {
     "not compiled with CUDA": "torch {torch} is built without CUDA; install a CUDA build",
@@ -106,7 +107,7 @@ def choose_dtype(name: str, device) -> tuple[torch.dtype, str]:
         gpu = torch.cuda.get_device_name(device)
         raise ValueError(f"--dtype bf16: {gpu} has no bf16; use fp16 or fp32")
     if name in ("bf16", "fp16"):
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}[name], "as asked"
+        return DTYPES[name], "as asked"
     if bf16:
         return torch.bfloat16, "this GPU has it"
     if kind == "cuda":

@@ -191,6 +191,14 @@ def test_the_simple_trainer_plans_too_and_reads_no_text(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_gpu_without_bf16_is_planned_for_from_a_laptop(tmp_path):
+    flags = ("--model_size", "124M", "--batch_size", "8", "--tokenizer", "gpt2", "--plan_memory_gb", "16", "--dtype", "fp16")
+    result = run("pretraining_advanced.py", *flags, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "fp16: planned for another GPU" in result.stdout and ", fits the 16 GB" in result.stdout, result.stdout
+    assert "logits 4.94 GB" in result.stdout, "12 bytes each"
+
+
 def test_another_device_is_planned_for_with_what_would_fit(tmp_path):
     flags = ("--model_size", "124M", "--batch_size", "64", "--dtype", "bf16", "--tokenizer", "gpt2", "--plan_memory_gb")
     out = run("pretraining_advanced.py", *flags, "8", cwd=tmp_path).stdout
