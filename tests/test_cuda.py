@@ -18,6 +18,7 @@ import gpt_train
 import pretraining_advanced
 import pretraining_simple
 from parts import machine, writer
+from parts.batches import Prefetch
 from parts.machine import choose_dtype, pick_device
 from parts.optim import Optimizer
 from parts.parallel import Parallel
@@ -325,3 +326,10 @@ def test_the_simple_trainer_multiplies_in_tf32_on_a_gpu_only(monkeypatch, tmp_pa
         assert SCRIPTS["simple"]("cpu") == 0 and chosen == []
         FakeCuda(monkeypatch)
         assert SCRIPTS["simple"]("cuda") == 0 and chosen == ["high"]
+
+
+def test_the_thread_that_pins_batches_sets_its_gpu(monkeypatch):
+    """A new thread begins with GPU 0, where pinning would make a context."""
+    cuda = FakeCuda(monkeypatch)
+    Prefetch([], torch.device("cuda:1")).close()
+    assert cuda.asked == [("set_device", 1)]

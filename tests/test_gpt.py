@@ -262,5 +262,5 @@ def test_plots_are_written_without_a_display_or_not_at_all(tmp_path, suffix, mon
 
 
 def test_an_unknown_device_is_one_clear_error():
-    with pytest.raises(ValueError, match="--device: 'tpux'"):
+    with pytest.raises(ValueError, match="--device tpux: 'tpux'"):
         pick_device("tpux")
