@@ -229,7 +229,7 @@ class Parallel:
 
     def backward(self, loss) -> None:
         """Add the gradients of a loss; DDP divides by the number of ranks, so the loss comes multiplied by it."""
-        (loss * (self.loss_scale["scale"] if self.loss_scale else 1.0)).backward()
+        (loss * self.scale).backward()
 
     def read(self, loss, optimizer) -> tuple[float, float]:
         """
@@ -241,7 +241,7 @@ class Parallel:
         grads = [p.grad for p in optimizer.names if p.grad is not None]
         norm = _whole(torch.nn.utils.get_total_norm(grads))
         loss, norm = torch.stack((loss, norm.to(loss.device))).tolist()
-        return loss, norm / (self.loss_scale["scale"] if self.loss_scale else 1.0)
+        return loss, norm / self.scale
 
     def step(self, optimizer, norm: float, max_norm: float | None, apply: bool = True) -> None:
         """
@@ -249,10 +249,9 @@ class Parallel:
 
         Without `apply`, or where the norm is not finite, nothing is updated.
         """
-        scale = self.loss_scale["scale"] if self.loss_scale else 1.0
         finite = math.isfinite(norm)
         if apply and finite:
-            optimizer.step(grad_scale=scale * max(1.0, (norm + 1e-6) / max_norm if max_norm else 1.0))
+            optimizer.step(grad_scale=self.scale * max(1.0, (norm + 1e-6) / max_norm if max_norm else 1.0))
         optimizer.zero_grad()
         if self.loss_scale and not finite:
             self.loss_scale |= {"scale": self.loss_scale["scale"] / 2, "good": 0}
@@ -260,6 +259,11 @@ class Parallel:
             self.loss_scale["good"] += 1
             if self.loss_scale["good"] % 2000 == 0:
                 self.loss_scale["scale"] *= 2
+
+    @property
+    def scale(self) -> float:
+        """What losses, and so gradients, are multiplied by: the loss scale of fp16, else 1."""
+        return self.loss_scale["scale"] if self.loss_scale else 1.0
 
     @property
     def finding_scale(self) -> bool:
