@@ -16,8 +16,10 @@ Shapes, here and in every file: B rows, T positions, C width (n_embd), H heads, 
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C in those seconds leaves no traceback
-    from parts.launch import quiet_ctrl_c
+if (
+    __name__ == "__main__"
+):  # before torch is imported, so that Ctrl-C in those seconds leaves no traceback
+    from parts.cli.launch import quiet_ctrl_c
 
     quiet_ctrl_c()
 
@@ -34,22 +36,23 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from parts import plan, scoring
-from parts.checkpoint import load_checkpoint, newest_checkpoint, write_file
-from parts.compare import compare
-from parts.config import parse
-from parts.formats import shape_of
-from parts.launch import error_line, run_script
-from parts.machine import DTYPES, choose_dtype, pick_device
-from parts.meter import read_metrics
-from parts.objectives import cross_entropy_of_head, head_bytes
-from parts.optim import state_bytes_of
-from parts.plan import Setting, count_parameters, flops_per_token  # noqa: F401  others look for them here
-from parts.plots import draw_losses, draw_runs
-from parts.products import Linear, product
-from parts.shards import Shards, read_index
-from parts.tokenizers import Tokenizer
-from parts.writer import SMALL, free_memory
+from parts.base.machine import DTYPES, choose_dtype, pick_device
+from parts.cli.config import parse
+from parts.cli.launch import error_line, run_script
+from parts.data.shards import Shards, read_index
+from parts.data.tokenizers import Tokenizer
+from parts.model.few_row_matmul import Linear, product
+from parts.model.losses import cross_entropy_of_head, head_bytes
+from parts.report import scoring
+from parts.report.compare import compare
+from parts.report.plots import draw_losses, draw_runs
+from parts.storage.checkpoint import load_checkpoint, newest_checkpoint, write_file
+from parts.storage.formats import shape_of
+from parts.storage.writer import SMALL, free_memory
+from parts.training import plan
+from parts.training.metrics import read_metrics
+from parts.training.optim import state_bytes_of
+from parts.training.plan import Setting, count_parameters, flops_per_token  # noqa: F401  others look for them here
 
 # ---------------------------------------------------------------------------------------------------- the model
 
@@ -62,16 +65,21 @@ class GPTConfig:
     block_size: int = 1024  # longest T the model can read, tokens
     n_layer: int = 12  # L, blocks
     n_head: int = 12  # H, attention heads per block: attentions side by side
-    n_embd: int = 768  # C, width of the residual stream: the numbers per position that blocks read and add to
+    # C, width of the residual stream: the numbers per position that blocks read and add to
+    n_embd: int = 768
     dropout: float = 0.0  # share of activations zeroed while training
     tied: bool = True  # the output head (it makes the scores) is the token embedding; False: a matrix of its own, as some imports have
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"GPTConfig: {name} is {str(getattr(self, name))[:50]}; it must be a whole number, at least 1")
+                raise ValueError(
+                    f"GPTConfig: {name} is {str(getattr(self, name))[:50]}; it must be a whole number, at least 1"
+                )
         if self.n_embd % self.n_head:
-            raise ValueError(f"GPTConfig: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; change one of them")
+            raise ValueError(
+                f"GPTConfig: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; change one of them"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"GPTConfig: dropout is {self.dropout}; it must be in [0, 1)")
 
@@ -79,7 +87,9 @@ class GPTConfig:
     def of_size(cls, name: str, **changes) -> GPTConfig:
         """The config of a named size (see SIZES), with `changes` applied. Raises ValueError listing the names."""
         if name not in SIZES:
-            raise ValueError(f"--model_size: unknown size {name!r}; choose one of {', '.join(SIZES)}")
+            raise ValueError(
+                f"--model_size: unknown size {name!r}; choose one of {', '.join(SIZES)}"
+            )
         n_layer, n_head, n_embd = SIZES[name]
         return cls(**{"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, **changes})
 
@@ -109,9 +119,14 @@ class LayerCache:
 
     def extend(self, k, v):
         """All keys and values up to now, the new ones last."""
-        if self.k is None:  # taken once: to join old and new for every token would copy them all each time
+        if (
+            self.k is None
+        ):  # taken once: to join old and new for every token would copy them all each time
             B, H, _, D = k.shape
-            self.k, self.v = k.new_empty(B, H, self.capacity, D), v.new_empty(B, H, self.capacity, D)
+            self.k, self.v = (
+                k.new_empty(B, H, self.capacity, D),
+                v.new_empty(B, H, self.capacity, D),
+            )
         start, self.n = self.n, self.n + k.shape[2]
         self.k[:, :, start : self.n], self.v[:, :, start : self.n] = k, v
         return self.k[:, :, : self.n], self.v[:, :, : self.n]
@@ -125,7 +140,9 @@ def attends_in_products(device, dtype, T: int, dropout: float) -> bool:
 def _attention_in_products(q, k, v):
     """Causal attention of q, k, v (B, H, T, D) -> (B, H, T, D); holds (B, H, T, T) probabilities."""
     T, D = q.shape[2:]
-    with torch.autocast(q.device.type, enabled=False):  # a softmax of bf16 is computed in fp32, and given back in bf16
+    with torch.autocast(
+        q.device.type, enabled=False
+    ):  # a softmax of bf16 is computed in fp32, and given back in bf16
         scores = (q / math.sqrt(D)) @ k.transpose(2, 3)  # (B, H, T, T)
         later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
         return scores.masked_fill(later, -math.inf).softmax(dim=3) @ v
@@ -137,7 +154,9 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one product
+        self.c_attn = Linear(
+            config.n_embd, 3 * config.n_embd
+        )  # query, key and value in one product
         self.c_proj = Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
@@ -153,12 +172,18 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.extend(k, v)  # (B, H, seen + T, D)
         # is_causal aligns query 0 with key 0, which is wrong as soon as keys lie before the first query:
         # one query may then see every key, several need a mask that starts `seen` columns further right.
-        mask = torch.ones(T, seen + T, dtype=torch.bool, device=x.device).tril(seen) if seen and T > 1 else None
+        mask = (
+            torch.ones(T, seen + T, dtype=torch.bool, device=x.device).tril(seen)
+            if seen and T > 1
+            else None
+        )
         dropout = self.dropout if self.training else 0.0
         if attends_in_products(q.device, q.dtype, T, dropout) and not seen:
             y = _attention_in_products(q, k, v)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=not seen and T > 1)
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=not seen and T > 1
+            )
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -232,10 +257,14 @@ class GPT(nn.Module):
         B, T = ids.shape
         seen = len(cache[0]) if cache else 0
         if seen + T > self.config.block_size:
-            raise ValueError(f"GPT: {seen + T} tokens are more than the context of {self.config.block_size}; crop the input")
+            raise ValueError(
+                f"GPT: {seen + T} tokens are more than the context of {self.config.block_size}; crop the input"
+            )
         positions = torch.arange(seen, seen + T, device=ids.device)
         # sparse: the embedding's gradient is a few rows, added to the head's; otherwise a second (V, C) of zeros comes about
-        x = F.embedding(ids, self.wte.weight, sparse=self.config.tied and ids.device.type == "cpu")  # (B, T, C)
+        x = F.embedding(
+            ids, self.wte.weight, sparse=self.config.tied and ids.device.type == "cpu"
+        )  # (B, T, C)
         x = self.dropout(x + self.wpe(positions))
         for i, block in enumerate(self.h):
             x = block(x, cache[i] if cache else None)
@@ -246,33 +275,59 @@ class GPT(nn.Module):
 
 
 def memory_of(config: GPTConfig, s: Setting, galore_rank: int = 128) -> dict[str, int]:
-    """Bytes that training a GPT of this shape takes, by part, with the "peak" among them; nothing is built. See parts/plan.py."""
+    """Bytes that training a GPT of this shape takes, by part, with the "peak" among them; nothing is built. See parts/training/plan.py."""
     C, L, n = config.n_embd, config.n_layer, count_parameters(config)
     dtype = DTYPES[s.dtype]
-    state = state_bytes_of([(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)] * L, n - 12 * L * C * C, s.optimizer, galore_rank)
+    state = state_bytes_of(
+        [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)] * L,
+        n - 12 * L * C * C,
+        s.optimizer,
+        galore_rank,
+    )
     logits = head_bytes(s.batch_size * config.block_size, C, config.vocab_size, dtype, s.device)
-    in_products = attends_in_products(torch.device(s.device), dtype, config.block_size, config.dropout)
-    s = replace(s, attends_in_products=in_products, keeps_copy=s.keeps_copy and 4 * n + state > SMALL)
+    in_products = attends_in_products(
+        torch.device(s.device), dtype, config.block_size, config.dropout
+    )
+    s = replace(
+        s, attends_in_products=in_products, keeps_copy=s.keeps_copy and 4 * n + state > SMALL
+    )
     return plan.memory(config, s, state, logits)
 
 
-def plan_lines(config: GPTConfig, setting: Setting, memory_gb: float | None = None, galore_rank: int = 128) -> tuple[list[str], bool]:
+def plan_lines(
+    config: GPTConfig, setting: Setting, memory_gb: float | None = None, galore_rank: int = 128
+) -> tuple[list[str], bool]:
     """Lines about parameters and memory, and whether it fits: into this device, or one of `memory_gb` (10^9 bytes)."""
-    limit, where = (memory_gb * 1e9, "--plan_memory_gb") if memory_gb else free_memory(setting.device)
+    limit, where = (
+        (memory_gb * 1e9, "--plan_memory_gb") if memory_gb else free_memory(setting.device)
+    )
     parts = memory_of(config, setting, galore_rank)
     fits = parts["peak"] <= limit
-    ways = [] if fits else plan.ways_to_fit(setting, limit, lambda other: memory_of(config, other, galore_rank)["peak"])
+    ways = (
+        []
+        if fits
+        else plan.ways_to_fit(
+            setting, limit, lambda other: memory_of(config, other, galore_rank)["peak"]
+        )
+    )
     return plan.memory_lines(config, parts, limit, where, ways), fits
 
 
-def show_plan(config: GPTConfig, batch_size: int, device, max_steps: int, memory_gb: float | None) -> int:
+def show_plan(
+    config: GPTConfig, batch_size: int, device, max_steps: int, memory_gb: float | None
+) -> int:
     """Print what training in fp32 with AdamW would take, its time from a few steps on random tokens; returns the exit code, 0."""
     setting = Setting(batch_size, device="cuda" if memory_gb else str(device))
     lines, fits = plan_lines(config, setting, memory_gb)
-    print(*lines, f"disk: {plan.gb(4 * count_parameters(config))} a checkpoint", sep="\n", flush=True)
+    print(
+        *lines, f"disk: {plan.gb(4 * count_parameters(config))} a checkpoint", sep="\n", flush=True
+    )
     if memory_gb or not fits:
         return 0
-    model, ids = GPT(config).to(device), torch.randint(config.vocab_size, (batch_size, config.block_size))
+    model, ids = (
+        GPT(config).to(device),
+        torch.randint(config.vocab_size, (batch_size, config.block_size)),
+    )
     optimizer = torch.optim.AdamW(model.parameters(), fused=device.type != "mps")
 
     def step() -> None:
@@ -283,7 +338,11 @@ def show_plan(config: GPTConfig, batch_size: int, device, max_steps: int, memory
         loss.item()  # waits for a GPU
 
     seconds = plan.seconds_of(step)
-    known = f"; {max_steps:,} steps in {plan.duration(max_steps * seconds)}" if max_steps < sys.maxsize else ""
+    known = (
+        f"; {max_steps:,} steps in {plan.duration(max_steps * seconds)}"
+        if max_steps < sys.maxsize
+        else ""
+    )
     print(
         f"time: {plan.duration(seconds)} a step (measured), {ids.numel() / seconds:,.0f} tokens/s{known}, besides evaluations and samples"
     )
@@ -352,7 +411,9 @@ def token_ids_to_text(ids: torch.Tensor, tokenizer: Tokenizer) -> str:
 def _sample_next(logits, temperature, top_k, top_p, generator):
     """Next ids (B, 1) from logits (B, V)."""
     if not torch.isfinite(logits).all():
-        raise RuntimeError("the model's output is not finite: its training has diverged; train again with a lower learning rate")
+        raise RuntimeError(
+            "the model's output is not finite: its training has diverged; train again with a lower learning rate"
+        )
     if temperature < 1e-5:  # dividing by less overflows
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float() / temperature
@@ -362,13 +423,27 @@ def _sample_next(logits, temperature, top_k, top_p, generator):
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         probs = ordered.softmax(dim=-1)
-        ordered = ordered.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, -math.inf)  # the first is always kept
+        ordered = ordered.masked_fill(
+            probs.cumsum(dim=-1) - probs >= top_p, -math.inf
+        )  # the first is always kept
         logits = torch.full_like(logits, -math.inf).scatter(-1, order, ordered)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
 
 
 @torch.no_grad()
-def stream(model, ids, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, seed=None, stop_token=None, use_cache=True, n_ids=None):
+def stream(
+    model,
+    ids,
+    max_new_tokens,
+    *,
+    temperature=1.0,
+    top_k=None,
+    top_p=None,
+    seed=None,
+    stop_token=None,
+    use_cache=True,
+    n_ids=None,
+):
     """
     The tokens that follow ids (B, T) int64, as they are sampled: up to `max_new_tokens` times (B, 1).
 
@@ -382,9 +457,13 @@ def stream(model, ids, max_new_tokens, *, temperature=1.0, top_k=None, top_p=Non
     """
     V = n_ids or model.config.vocab_size
     if ids.ndim != 2 or ids.shape[1] == 0:
-        raise ValueError(f"generate: ids have shape {tuple(ids.shape)}; give (B, T) with at least one token, such as end-of-text")
+        raise ValueError(
+            f"generate: ids have shape {tuple(ids.shape)}; give (B, T) with at least one token, such as end-of-text"
+        )
     if not temperature >= 0:
-        raise ValueError(f"--temperature: {temperature} is not 0 or more; use 0 for greedy, 1 for the model's own distribution")
+        raise ValueError(
+            f"--temperature: {temperature} is not 0 or more; use 0 for greedy, 1 for the model's own distribution"
+        )
     if top_k is not None and not 1 <= top_k <= V:
         raise ValueError(f"--top_k: {top_k} is not between 1 and the {V} tokens of the vocabulary")
     if top_p is not None and not 0 < top_p <= 1:
@@ -434,7 +513,9 @@ def generate(model, ids, max_new_tokens, *, should_stop=None, **options):
     return torch.cat(parts, dim=1)
 
 
-def continuations(model, tokenizer, device, prompt: str, num_samples: int, max_new_tokens: int, **options) -> list[str]:
+def continuations(
+    model, tokenizer, device, prompt: str, num_samples: int, max_new_tokens: int, **options
+) -> list[str]:
     """
     What the model writes after `prompt` ("" begins a document): one text per sample.
 
@@ -443,25 +524,52 @@ def continuations(model, tokenizer, device, prompt: str, num_samples: int, max_n
     """
     start = [tokenizer.eot, *tokenizer.encode(prompt).tolist()]
     options = {"stop_token": tokenizer.eot, "n_ids": tokenizer.vocab_size} | options
-    ids = generate(model, torch.tensor([start] * num_samples, device=device), max_new_tokens, **options)
+    ids = generate(
+        model, torch.tensor([start] * num_samples, device=device), max_new_tokens, **options
+    )
     rows = [row[len(start) :] for row in ids]  # (n,) each
-    return [token_ids_to_text(row[: row.tolist().index(tokenizer.eot) if tokenizer.eot in row else None], tokenizer) for row in rows]
+    return [
+        token_ids_to_text(
+            row[: row.tolist().index(tokenizer.eot) if tokenizer.eot in row else None], tokenizer
+        )
+        for row in rows
+    ]
 
 
 def streamed(model, tokenizer, device, prompt: str, max_new_tokens: int, **options):
     """One continuation piece by piece, as it comes; a character of several tokens comes when it is whole."""
     start = torch.tensor([[tokenizer.eot, *tokenizer.encode(prompt).tolist()]], device=device)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for next_ids in stream(model, start, max_new_tokens, stop_token=tokenizer.eot, n_ids=tokenizer.vocab_size, **options):
+    for next_ids in stream(
+        model,
+        start,
+        max_new_tokens,
+        stop_token=tokenizer.eot,
+        n_ids=tokenizer.vocab_size,
+        **options,
+    ):
         if next_ids.item() != tokenizer.eot:
             yield decoder.decode(tokenizer.decode_bytes([next_ids.item()]))
     yield decoder.decode(b"", final=True)
 
 
-def generate_and_print_sample(model, tokenizer, device, start_context="", *, max_new_tokens=80, temperature=0.8, top_k=50, seed=0) -> str:
+def generate_and_print_sample(
+    model,
+    tokenizer,
+    device,
+    start_context="",
+    *,
+    max_new_tokens=80,
+    temperature=0.8,
+    top_k=50,
+    seed=0,
+) -> str:
     """Print one sample that continues `start_context` ("": begins a document), and return its text."""
     options = {"temperature": temperature, "top_k": top_k, "seed": seed}
-    text = start_context + continuations(model, tokenizer, device, start_context, 1, max_new_tokens, **options)[0]
+    text = (
+        start_context
+        + continuations(model, tokenizer, device, start_context, 1, max_new_tokens, **options)[0]
+    )
     print(text.strip() + "\n", flush=True)
     return text
 
@@ -469,7 +577,16 @@ def generate_and_print_sample(model, tokenizer, device, start_context="", *, max
 # -------------------------------------------------------------------------------------------------------- plots
 
 
-def plot_losses(steps, tokens_seen, train_losses, val_losses, path, *, xlabel="optimizer steps", uniform_loss=None) -> Path:
+def plot_losses(
+    steps,
+    tokens_seen,
+    train_losses,
+    val_losses,
+    path,
+    *,
+    xlabel="optimizer steps",
+    uniform_loss=None,
+) -> Path:
     """
     Draw training and validation loss over steps (or epochs), tokens on a second axis above; save PNG or PDF.
 
@@ -477,18 +594,41 @@ def plot_losses(steps, tokens_seen, train_losses, val_losses, path, *, xlabel="o
     uniform_loss: ln(V), drawn as a dotted line, is what guessing evenly costs. Needs no display. Returns the path.
     """
     path = Path(path)
-    write_file(path, draw_losses(steps, tokens_seen, train_losses, val_losses, xlabel, uniform_loss, path.suffix[1:] or "png"))
+    write_file(
+        path,
+        draw_losses(
+            steps,
+            tokens_seen,
+            train_losses,
+            val_losses,
+            xlabel,
+            uniform_loss,
+            path.suffix[1:] or "png",
+        ),
+    )
     return path
 
 
 def plot_run(run_dir, vocab_size: int | None = None) -> None:
     """Draw RUN_DIR/loss.png from its metrics.jsonl, of two thousand points at most; what prevents it is told, and nothing more."""
     n = sum(1 for _ in read_metrics(run_dir))
-    rows = [r for i, r in enumerate(read_metrics(run_dir)) if i % (n // 2000 + 1) == 0 or "val_loss" in r]
-    steps, tokens, *losses = [[r.get(name) for r in rows] for name in ("step", "tokens", "train_loss", "val_loss")]
+    rows = [
+        r
+        for i, r in enumerate(read_metrics(run_dir))
+        if i % (n // 2000 + 1) == 0 or "val_loss" in r
+    ]
+    steps, tokens, *losses = [
+        [r.get(name) for r in rows] for name in ("step", "tokens", "train_loss", "val_loss")
+    ]
     try:
         uniform = math.log(vocab_size) if vocab_size else None
-        plot_losses(steps, [t or 0 for t in tokens], *losses, Path(run_dir) / "loss.png", uniform_loss=uniform)
+        plot_losses(
+            steps,
+            [t or 0 for t in tokens],
+            *losses,
+            Path(run_dir) / "loss.png",
+            uniform_loss=uniform,
+        )
     except (ImportError, OSError) as e:
         print(f"warning: no loss.png: {error_line(e)}", flush=True)
 
@@ -517,16 +657,22 @@ def load_model(path, device) -> tuple[GPT, Tokenizer, dict]:
     tensors, state = load_checkpoint(folder)
     try:
         config = GPTConfig(**state["model_config"])
-        shape_of(tensors, asdict(config))  # before a model is built, of whatever size the configuration claims
+        shape_of(
+            tensors, asdict(config)
+        )  # before a model is built, of whatever size the configuration claims
         if len(tensors) != 12 * config.n_layer + (4 if config.tied else 5):
             raise ValueError(f"{len(tensors)} tensors are too many or too few")
         model = shell(config)
         model.load_state_dict(tensors, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
-        raise ValueError(f"{folder}: the weights are not those of a GPT of this project ({error_line(e)[:200]})") from e
+        raise ValueError(
+            f"{folder}: the weights are not those of a GPT of this project ({error_line(e)[:200]})"
+        ) from e
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"{folder}: its tokenizer has {tokenizer.vocab_size:,} ids, the model a vocabulary of {config.vocab_size:,}")
+        raise ValueError(
+            f"{folder}: its tokenizer has {tokenizer.vocab_size:,} ids, the model a vocabulary of {config.vocab_size:,}"
+        )
     return model.to(device).eval(), tokenizer, state
 
 
@@ -543,11 +689,15 @@ class SampleConfig:
     max_new_tokens: int = 200  # tokens per sample, at most
     temperature: float = 0.8  # 0 is greedy, 1 the model's own distribution
     top_k: int | None = 50  # keep the k likeliest tokens; None keeps all
-    top_p: float | None = None  # keep the likeliest tokens up to this probability, in (0, 1]; None keeps all
+    # keep the likeliest tokens up to this probability, in (0, 1]; None keeps all
+    top_p: float | None = None
     seed: int = 0  # same seed, same samples on one device
-    eval: str | None = None  # score this instead: a folder of token shards, a text file or folder, hellaswag, or hellaswag:FILE
-    compare: tuple[str, ...] | None = None  # two to eight run folders, such as runs/a runs/b: a table of them, and compare.png here
-    stride: int | None = None  # tokens between two windows of --eval; None: the whole context, so that each is read once
+    # score this instead: a folder of token shards, a text file or folder, hellaswag, or hellaswag:FILE
+    eval: str | None = None
+    # two to eight run folders, such as runs/a runs/b: a table of them, and compare.png here
+    compare: tuple[str, ...] | None = None
+    # tokens between two windows of --eval; None: the whole context, so that each is read once
+    stride: int | None = None
     batch_size: int = 8  # windows scored at once; changes no figure
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the weights while sampling or scoring
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -556,18 +706,38 @@ class SampleConfig:
 
 def show_samples(model, tokenizer, device, prompt: str, config: SampleConfig) -> None:
     """Print `num_samples` continuations of a prompt, behind it."""
-    n_tokens, T = 1 + len(tokenizer.encode(prompt)), model.config.block_size  # end-of-text stands before every document
+    n_tokens, T = (
+        1 + len(tokenizer.encode(prompt)),
+        model.config.block_size,
+    )  # end-of-text stands before every document
     if n_tokens > T:
         print(f"the prompt has {n_tokens:,} tokens, the context {T}: the model reads the last {T}")
     options = {k: getattr(config, k) for k in ("temperature", "top_k", "top_p")}
     if config.stream or config.interactive:
         for i in range(config.num_samples):
             print("-" * 80 + "\n" + prompt, end="", flush=True)
-            for piece in streamed(model, tokenizer, device, prompt, config.max_new_tokens, seed=config.seed + i, **options):
+            for piece in streamed(
+                model,
+                tokenizer,
+                device,
+                prompt,
+                config.max_new_tokens,
+                seed=config.seed + i,
+                **options,
+            ):
                 print(piece, end="", flush=True)
             print()
         return
-    for text in continuations(model, tokenizer, device, prompt, config.num_samples, config.max_new_tokens, seed=config.seed, **options):
+    for text in continuations(
+        model,
+        tokenizer,
+        device,
+        prompt,
+        config.num_samples,
+        config.max_new_tokens,
+        seed=config.seed,
+        **options,
+    ):
         print("-" * 80 + "\n" + prompt + text)
 
 
@@ -582,20 +752,34 @@ def ids_to_score(data: str, tokenizer: Tokenizer) -> list:
     """Streams of token ids (T,) of a folder of token shards (its validation part), a text file, or a folder of .txt files."""
     path = Path(data)
     if not path.exists():
-        raise FileNotFoundError(f"--eval: {path} does not exist; give token shards, a text file or folder, hellaswag, or hellaswag:FILE")
+        raise FileNotFoundError(
+            f"--eval: {path} does not exist; give token shards, a text file or folder, hellaswag, or hellaswag:FILE"
+        )
     if path.is_dir() and any(path.glob("*.bin")):
         index = read_index(path)
         if index["tokenizer"] and index["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
-            raise ValueError(f"--eval: {path} was made with another tokenizer ({index['tokenizer']['name']}) than the checkpoint's")
+            raise ValueError(
+                f"--eval: {path} was made with another tokenizer ({index['tokenizer']['name']}) than the checkpoint's"
+            )
         shards = Shards(path, "val", index)
         for i, tokens in enumerate(shards.tokens):
             shards.check(i, [0], len(tokens))
-        if not len(shards) or max(int(tokens.max(initial=0)) for tokens in shards.tokens) >= tokenizer.vocab_size:
-            raise ValueError(f"--eval: {path} has no tokens for validation, or ids that the checkpoint's tokenizer does not have")
+        if (
+            not len(shards)
+            or max(int(tokens.max(initial=0)) for tokens in shards.tokens) >= tokenizer.vocab_size
+        ):
+            raise ValueError(
+                f"--eval: {path} has no tokens for validation, or ids that the checkpoint's tokenizer does not have"
+            )
         return shards.tokens
-    documents = [_utf8(file, "--eval") for file in ([path] if path.is_file() else sorted(path.rglob("*.txt")))]
+    documents = [
+        _utf8(file, "--eval")
+        for file in ([path] if path.is_file() else sorted(path.rglob("*.txt")))
+    ]
     if not any(documents):
-        raise ValueError(f"--eval: {path} holds no text; give token shards, a text file, or a folder of .txt files")
+        raise ValueError(
+            f"--eval: {path} holds no text; give token shards, a text file, or a folder of .txt files"
+        )
     return [np.concatenate(([tokenizer.eot], tokenizer.encode_documents(documents)))]
 
 
@@ -605,21 +789,37 @@ def score(model, tokenizer, device, config: SampleConfig) -> None:
     options = {"block_size": T, "batch_size": config.batch_size, "device": device}
     if what[0] == "hellaswag":
         path = scoring.fetch_hellaswag(what[2] or "hellaswag_val.jsonl")
-        r = scoring.score_hellaswag(model, scoring.read_hellaswag(path), tokenizer.encode, tokenizer.eot, **options)
-        print(f"{path}: accuracy {r['accuracy']:.4f}, length-normalised {r['accuracy_norm']:.4f} ({r['items']:,} items)")
+        r = scoring.score_hellaswag(
+            model, scoring.read_hellaswag(path), tokenizer.encode, tokenizer.eot, **options
+        )
+        print(
+            f"{path}: accuracy {r['accuracy']:.4f}, length-normalised {r['accuracy_norm']:.4f} ({r['items']:,} items)"
+        )
         return
     streams, token_bytes = ids_to_score(config.eval, tokenizer), tokenizer.token_bytes()
-    parts = [scoring.score_tokens(model, ids, stride=config.stride or T, **options) for ids in streams]
-    n_tokens, nats = sum(part["tokens"] for part in parts), sum(part["loss"] * part["tokens"] for part in parts)
+    parts = [
+        scoring.score_tokens(model, ids, stride=config.stride or T, **options) for ids in streams
+    ]
+    n_tokens, nats = (
+        sum(part["tokens"] for part in parts),
+        sum(part["loss"] * part["tokens"] for part in parts),
+    )
     n_bytes = sum(int(token_bytes[ids[1:]].sum()) for ids in streams)
-    loss, bits = nats / n_tokens, f", {nats / math.log(2) / n_bytes:.4f} bits per byte" if n_bytes else ""
-    print(f"{config.eval}: loss {loss:.6f} nats per token, perplexity {math.exp(min(loss, 700)):.3f}{bits} ({n_tokens:,} tokens scored)")
+    loss, bits = (
+        nats / n_tokens,
+        f", {nats / math.log(2) / n_bytes:.4f} bits per byte" if n_bytes else "",
+    )
+    print(
+        f"{config.eval}: loss {loss:.6f} nats per token, perplexity {math.exp(min(loss, 700)):.3f}{bits} ({n_tokens:,} tokens scored)"
+    )
 
 
 def main(config: SampleConfig) -> None:
     """Print continuations of the prompt, the figures of --eval, or the table of --compare."""
     if config.compare is not None:
-        text, *picture = compare(config.compare, read_metrics, lambda shape: count_parameters(GPTConfig(**shape)))
+        text, *picture = compare(
+            config.compare, read_metrics, lambda shape: count_parameters(GPTConfig(**shape))
+        )
         write_file("compare.png", draw_runs(*picture))
         return print(f"{text}\n\ncompare.png: their losses against {picture[1]}")
     for name in ("num_samples", "max_new_tokens", "batch_size"):
@@ -631,7 +831,9 @@ def main(config: SampleConfig) -> None:
     dtype, _ = choose_dtype(config.dtype, device)
     model, tokenizer, state = load_model(config.checkpoint, device)
     model, c = model.to(dtype), model.config
-    print(f"step {state['step']}: {count_parameters(c):,} parameters, tokenizer {tokenizer.name}, context {c.block_size}, {device}")
+    print(
+        f"step {state['step']}: {count_parameters(c):,} parameters, tokenizer {tokenizer.name}, context {c.block_size}, {device}"
+    )
     if config.eval:
         return score(model, tokenizer, device, config)
     prompt = _utf8(config.prompt_file, "--prompt_file") if config.prompt_file else config.prompt

@@ -21,7 +21,7 @@ books come one at a time with a pause, under a user agent that names this progra
 from __future__ import annotations
 
 if __name__ == "__main__":  # Ctrl-C during the imports leaves no traceback
-    from parts.launch import quiet_ctrl_c
+    from parts.cli.launch import quiet_ctrl_c
 
     quiet_ctrl_c()
 
@@ -41,12 +41,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from parts import corpus, gutenberg, shards
-from parts.archives import extract_archive, is_archive
-from parts.bar import tqdm
-from parts.config import parse
-from parts.launch import error_line, run_script
-from parts.tokenizers import Tokenizer, byte_tokenizer, gpt2_tokenizer, make_tokenizer
+from parts.cli.config import parse
+from parts.cli.launch import error_line, run_script
+from parts.cli.progress_bar import tqdm
+from parts.data import corpus, gutenberg, shards
+from parts.data.archives import extract_archive, is_archive
+from parts.data.tokenizers import Tokenizer, byte_tokenizer, gpt2_tokenizer, make_tokenizer
 
 EOT_LINE = "<|endoftext|>"  # between books, alone on its line
 SEPARATOR = re.compile(rf"^{re.escape(EOT_LINE)}$", re.MULTILINE)  # inside a line it is text
@@ -59,7 +59,8 @@ class GutenbergConfig:
     """Download (or read), clean and combine Project Gutenberg books."""
 
     book_ids: tuple[int, ...] = ()  # Project Gutenberg numbers to download
-    data_dir: str | None = None  # folder of .txt files and .zip/.tar archives of them, or one archive
+    # folder of .txt files and .zip/.tar archives of them, or one archive
+    data_dir: str | None = None
     output_dir: str = "gutenberg_preprocessed"  # where combined_N.txt and report.json go
     languages: tuple[str, ...] = ("en",)  # ISO 639-1 codes to keep, or: all
     keep_duplicates: bool = False  # keep further editions of a book that is already in
@@ -68,7 +69,8 @@ class GutenbergConfig:
     max_size_mb: float = 500.0  # MB of text per combined file; a larger book gets a file of its own
     max_extract_mb: float = 4000.0  # MB that one archive may unpack to
     workers: int | None = None  # processes, each holding one book at a time; None: one per CPU core
-    mirror: str = "https://www.gutenberg.org"  # where books come from; for many, use a mirror near you
+    # where books come from; for many, use a mirror near you
+    mirror: str = "https://www.gutenberg.org"
     pause_s: float = 2.0  # seconds between two downloads
     debug: bool = False  # show the traceback of an error
 
@@ -87,14 +89,17 @@ class ExtractConfig:
 class SmollmConfig:
     """Tokenise documents into token shards: from the hub, a folder in its layout, parquet, jsonl(.gz), or text files."""
 
-    dataset_name: str = "HuggingFaceTB/smollm-corpus"  # name on the hub, or path of a folder or file
-    dataset_subset: str | None = None  # such as cosmopedia-v2:0.7,fineweb-edu-dedup:0.3; None: cosmopedia-v2 of smollm-corpus, else all
+    # name on the hub, or path of a folder or file
+    dataset_name: str = "HuggingFaceTB/smollm-corpus"
+    # such as cosmopedia-v2:0.7,fineweb-edu-dedup:0.3; None: cosmopedia-v2 of smollm-corpus, else all
+    dataset_subset: str | None = None
     text_field: str | None = None  # column with the text; None: text, else content
     tokenizer: str = "gpt2"  # gpt2, bpe, bpe:8192, bytes, or a tokenizer.json
     cache_dir: str = "token_cache"  # where folders of token shards go, one for each combination of these settings
     max_documents: int | None = None  # stop after that many documents; None: all
     val_share: float = 0.01  # share of the documents that is held out for validation, by their hash
-    streaming: bool = True  # read from the hub as it goes; otherwise download the whole subset first
+    # read from the hub as it goes; otherwise download the whole subset first
+    streaming: bool = True
     num_shards: int = 1  # machines or processes that share the work
     shard_index: int = 0  # which of them this is, from 0
     debug: bool = False  # show the traceback of an error
@@ -134,7 +139,10 @@ def fetch(url: str, path: Path) -> None:
     part = path.with_name(path.name + ".part")
     try:
         request = urllib.request.Request(url, headers={"User-Agent": USER_AGENT})
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response, open(part, "wb") as out:
+        with (
+            urllib.request.urlopen(request, timeout=TIMEOUT_S) as response,
+            open(part, "wb") as out,
+        ):
             if "html" in response.headers.get("Content-Type", ""):
                 raise OSError("the server sent a web page instead of a text")
             n, started = 0, time.monotonic()
@@ -157,7 +165,9 @@ def fetch(url: str, path: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def download_books(book_ids, folder, mirror: str, pause_s: float) -> tuple[list[Path], dict[int, str]]:
+def download_books(
+    book_ids, folder, mirror: str, pause_s: float
+) -> tuple[list[Path], dict[int, str]]:
     """
     Fetch each book that `folder` lacks, in order; returns (paths, {book id: why it failed}).
 
@@ -214,18 +224,30 @@ def clean_book(path: Path, strip: bool, unwrap: bool) -> dict:
     # A text that has the separator as a line of its own must not be cut in two there.
     text = SEPARATOR.sub("<| endoftext |>", gutenberg.normalise(stripped.text))
     text = gutenberg.unwrap(text) if unwrap else text
-    done = {"encoding": encoding, "chars_in": len(raw), "chars_out": len(text), "header_chars": stripped.header_chars}
+    done = {
+        "encoding": encoding,
+        "chars_in": len(raw),
+        "chars_out": len(text),
+        "header_chars": stripped.header_chars,
+    }
     done |= {"footer_chars": stripped.footer_chars, "notices_removed": stripped.notices}
     reason = gutenberg.why_no_book(text)
     if not reason and stripped.notice_chars > max(len(text), 5000):
         reason = "mostly licence and notices of Project Gutenberg"
     if reason:
         return {"status": "not a book", "reason": reason, **done}
-    return {"text": text, "sketch": gutenberg.sketch(text), "language": gutenberg.language_of(text, raw), **done}
+    return {
+        "text": text,
+        "sketch": gutenberg.sketch(text),
+        "language": gutenberg.language_of(text, raw),
+        **done,
+    }
 
 
 def _leave_signals_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to every process: only one is to answer
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # a terminal sends Ctrl-C to every process: only one is to answer
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
@@ -247,21 +269,33 @@ def _cleaned(paths, n_workers: int, *options):
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _sources(config: GutenbergConfig, work: Path) -> tuple[dict[str, Path], list[dict], dict[int, str]]:
+def _sources(
+    config: GutenbergConfig, work: Path
+) -> tuple[dict[str, Path], list[dict], dict[int, str]]:
     """Every file to read, by the name the report gives it, in order; what is no text at all; downloads that failed."""
     files, ignored, failed = {}, [], {}
     if config.book_ids:
-        paths, failed = download_books(config.book_ids, Path(config.output_dir) / "raw", config.mirror, config.pause_s)
+        paths, failed = download_books(
+            config.book_ids, Path(config.output_dir) / "raw", config.mirror, config.pause_s
+        )
         files |= {f"raw/{path.name}": path for path in paths}
     found = []
     if config.data_dir:
         folder = Path(config.data_dir)
         if not folder.exists():
-            raise FileNotFoundError(f"--data_dir: {folder} does not exist; give a folder of .txt files or an archive of them")
+            raise FileNotFoundError(
+                f"--data_dir: {folder} does not exist; give a folder of .txt files or an archive of them"
+            )
         folder, output = folder.resolve(), Path(config.output_dir).resolve()
         if folder == output:
-            raise ValueError(f"--output_dir: {config.output_dir} is also --data_dir; choose another folder for the result")
-        found = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file() or p.is_symlink())
+            raise ValueError(
+                f"--output_dir: {config.output_dir} is also --data_dir; choose another folder for the result"
+            )
+        found = (
+            [folder]
+            if folder.is_file()
+            else sorted(p for p in folder.rglob("*") if p.is_file() or p.is_symlink())
+        )
         if not folder.is_relative_to(output):  # an earlier result inside the folder is no source
             found = [p for p in found if not p.is_relative_to(output)]
         folder = folder.parent if folder.is_file() else folder
@@ -270,7 +304,11 @@ def _sources(config: GutenbergConfig, work: Path) -> tuple[dict[str, Path], list
         if is_archive(path):
             unpacked = work / "unpacked" / name
             extract_archive(path, unpacked, config.max_extract_mb)
-            inside = {f"{name}/{p.relative_to(unpacked).as_posix()}": p for p in sorted(unpacked.rglob("*")) if p.is_file()}
+            inside = {
+                f"{name}/{p.relative_to(unpacked).as_posix()}": p
+                for p in sorted(unpacked.rglob("*"))
+                if p.is_file()
+            }
         else:
             inside = {name: path}
         for inner, p in inside.items():
@@ -291,7 +329,11 @@ def prepare_gutenberg(config: GutenbergConfig) -> dict:
     if not config.book_ids and not config.data_dir:
         raise ValueError("--book_ids or --data_dir: say which books, such as --book_ids 11 84 1342")
     n_workers = config.workers if config.workers is not None else os.cpu_count() or 1
-    for name, value in (("workers", n_workers), ("max_size_mb", config.max_size_mb), ("max_extract_mb", config.max_extract_mb)):
+    for name, value in (
+        ("workers", n_workers),
+        ("max_size_mb", config.max_size_mb),
+        ("max_extract_mb", config.max_extract_mb),
+    ):
         if not value > 0:
             raise ValueError(f"--{name}: {value} must be positive")
     output = Path(config.output_dir)
@@ -300,22 +342,43 @@ def prepare_gutenberg(config: GutenbergConfig) -> dict:
     try:
         work.mkdir(parents=True)
         files, rows, failed = _sources(config, work)
-        rows += [{"file": f"raw/pg{n}.txt", "status": "not downloaded", "reason": why} for n, why in failed.items()]
+        rows += [
+            {"file": f"raw/pg{n}.txt", "status": "not downloaded", "reason": why}
+            for n, why in failed.items()
+        ]
         if not files:
             why = f"; {rows[0]['file']}: {rows[0]['reason']}" if rows else ""
             raise ValueError(f"{config.data_dir or config.mirror}: no .txt files to read{why}")
         n_files = _combine(config, work, files, rows, min(n_workers, len(files)))
         counts = Counter(row["status"] for row in rows)
-        report = {"version": 1, "settings": asdict(config), "counts": dict(counts), "combined_files": n_files, "files": rows}
+        report = {
+            "version": 1,
+            "settings": asdict(config),
+            "counts": dict(counts),
+            "combined_files": n_files,
+            "files": rows,
+        }
         if not counts["kept"]:
             causes = ", ".join(f"{n} {status}" for status, n in counts.items())
             first = next((f"{row['file']}: {row['reason']}" for row in rows), "")
-            raise ValueError(f"{config.data_dir or 'downloads'}: no book is left ({causes}; {first}); see --languages, --keep_duplicates")
-        (work / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
-        for old in output.glob("combined_*.txt"):  # of an earlier, longer result; other files are not ours
-            if re.fullmatch(r"combined_\d+\.txt", old.name) and int(old.stem.removeprefix("combined_")) > n_files:
+            raise ValueError(
+                f"{config.data_dir or 'downloads'}: no book is left ({causes}; {first}); see --languages, --keep_duplicates"
+            )
+        (work / "report.json").write_text(
+            json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8"
+        )
+        for old in output.glob(
+            "combined_*.txt"
+        ):  # of an earlier, longer result; other files are not ours
+            if (
+                re.fullmatch(r"combined_\d+\.txt", old.name)
+                and int(old.stem.removeprefix("combined_")) > n_files
+            ):
                 old.unlink()
-        for new in (*sorted(work.glob("combined_*.txt")), work / "report.json"):  # the report last: it says complete
+        for new in (
+            *sorted(work.glob("combined_*.txt")),
+            work / "report.json",
+        ):  # the report last: it says complete
             os.replace(new, output / new.name)
     except OSError as e:
         if e.strerror and not e.filename:  # a failed write does not say where
@@ -328,12 +391,23 @@ def prepare_gutenberg(config: GutenbergConfig) -> dict:
     return report
 
 
-def _combine(config: GutenbergConfig, work: Path, files: dict[str, Path], rows: list[dict], n_workers: int) -> int:
+def _combine(
+    config: GutenbergConfig, work: Path, files: dict[str, Path], rows: list[dict], n_workers: int
+) -> int:
     """Clean all files into work/combined_N.txt, one row of the report each; returns the number of combined files."""
     editions, out, n, size = gutenberg.Editions(), None, 0, 0
-    progress = tqdm(total=len(files), desc="cleaning", unit="book", mininterval=0.1 if sys.stderr.isatty() else 30)
+    progress = tqdm(
+        total=len(files),
+        desc="cleaning",
+        unit="book",
+        mininterval=0.1 if sys.stderr.isatty() else 30,
+    )
     try:
-        for name, book in zip(files, _cleaned(files.values(), n_workers, config.strip_boilerplate, config.unwrap), strict=True):
+        for name, book in zip(
+            files,
+            _cleaned(files.values(), n_workers, config.strip_boilerplate, config.unwrap),
+            strict=True,
+        ):
             progress.update()
             text, mine = book.pop("text", None), book.pop("sketch", None)
             row = {"file": name, **book}
@@ -341,7 +415,10 @@ def _combine(config: GutenbergConfig, work: Path, files: dict[str, Path], rows: 
             if text is None:
                 continue
             if "all" not in config.languages and book["language"] not in config.languages:
-                row |= {"status": "other language", "reason": f"{book['language']}, not among {' '.join(config.languages)}"}
+                row |= {
+                    "status": "other language",
+                    "reason": f"{book['language']}, not among {' '.join(config.languages)}",
+                }
                 continue
             if not config.keep_duplicates:
                 if twin := editions.twin_of(mine):
@@ -378,25 +455,43 @@ def read_documents(path) -> list[str]:
     if not path.exists():
         raise FileNotFoundError(f"--data_dir: {path} does not exist; give a folder of .txt files")
     prepared = (path / "report.json").exists() and (path / "combined_1.txt").exists()
-    files = [path] if path.is_file() else sorted(path.glob("combined_*.txt") if prepared else path.rglob("*.txt"))
-    files = [file for file in files if not (file.parent / "run.json").exists()]  # samples of a run in here are not its text
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(path.glob("combined_*.txt") if prepared else path.rglob("*.txt"))
+    )
+    files = [
+        file for file in files if not (file.parent / "run.json").exists()
+    ]  # samples of a run in here are not its text
     if not files:
-        raise ValueError(f"--data_dir: {path} has no .txt files; prep_dataset.py gutenberg --data_dir {path} unpacks archives")
+        raise ValueError(
+            f"--data_dir: {path} has no .txt files; prep_dataset.py gutenberg --data_dir {path} unpacks archives"
+        )
     documents = []
     for file in files:
         try:
             text = file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as e:
             what = f"byte {e.object[e.start]:#04x} at offset {e.start:,} is not UTF-8"
-            raise ValueError(f"{file}: {what}; convert it, or let prep_dataset.py gutenberg --data_dir {path} find its encoding") from e
+            raise ValueError(
+                f"{file}: {what}; convert it, or let prep_dataset.py gutenberg --data_dir {path} find its encoding"
+            ) from e
         if "\0" in text:
             raise ValueError(f"{file}: a binary file (it has NUL bytes); remove it from {path}")
-        documents += [document.strip("\n") for document in SEPARATOR.split(text) if document.strip()]
+        documents += [
+            document.strip("\n") for document in SEPARATOR.split(text) if document.strip()
+        ]
     if not documents:
-        raise ValueError(f"--data_dir: all {len(files)} .txt files of {path} are empty; give some text")
-    uncleaned = sum("START OF TH" in d[:20_000] and "PROJECT GUTENBERG" in d[:20_000] for d in documents)
+        raise ValueError(
+            f"--data_dir: all {len(files)} .txt files of {path} are empty; give some text"
+        )
+    uncleaned = sum(
+        "START OF TH" in d[:20_000] and "PROJECT GUTENBERG" in d[:20_000] for d in documents
+    )
     if uncleaned:
-        print(f"note: {uncleaned} documents carry Project Gutenberg's header; prep_dataset.py gutenberg --data_dir {path} takes it off")
+        print(
+            f"note: {uncleaned} documents carry Project Gutenberg's header; prep_dataset.py gutenberg --data_dir {path} takes it off"
+        )
     return documents
 
 
@@ -414,7 +509,9 @@ def load_documents(data_dir: str | None) -> tuple[list[str], str]:
         try:
             prepare_gutenberg(books)
         except (OSError, ValueError) as e:
-            print(f"no --data_dir, and Project Gutenberg is out of reach ({error_line(e)}): reading the English that Python carries")
+            print(
+                f"no --data_dir, and Project Gutenberg is out of reach ({error_line(e)}): reading the English that Python carries"
+            )
             return corpus.python_docs(), "Python's documentation"
     return read_documents(books.output_dir), books.output_dir
 
@@ -428,20 +525,37 @@ def _tokenizer_of(spec: str, config: SmollmConfig) -> Tokenizer:
         try:
             return gpt2_tokenizer()
         except OSError as e:
-            what = f"GPT-2's vocabulary is neither in tiktoken's cache nor reachable ({error_line(e)})"
-            raise ValueError(f"--tokenizer: {what}; set TIKTOKEN_CACHE_DIR to a folder that holds it, or give bpe, bytes or a file") from e
+            what = (
+                f"GPT-2's vocabulary is neither in tiktoken's cache nor reachable ({error_line(e)})"
+            )
+            raise ValueError(
+                f"--tokenizer: {what}; set TIKTOKEN_CACHE_DIR to a folder that holds it, or give bpe, bytes or a file"
+            ) from e
     if spec.split(":")[0] != "bpe":
         return byte_tokenizer() if spec == "bytes" else Tokenizer.load(spec)
-    whole = corpus.Corpus(config.dataset_name, config.dataset_subset, config.text_field, config.max_documents, config.streaming)
+    whole = corpus.Corpus(
+        config.dataset_name,
+        config.dataset_subset,
+        config.text_field,
+        config.max_documents,
+        config.streaming,
+    )
     texts = (row["text"] for rows, _ in whole.chunks(None) for row in rows)
-    return make_tokenizer(spec, (text for text in texts if not corpus.in_validation(text, config.val_share)))
+    return make_tokenizer(
+        spec, (text for text in texts if not corpus.in_validation(text, config.val_share))
+    )
 
 
 def _refuse_other_settings(config: SmollmConfig, tokenizer_key: str) -> None:
     """Ready-made shards are what they are: a setting that asks for something else would be ignored."""
     source = shards.read_index(config.dataset_name)["source"]
-    made = {**source, "tokenizer": tokenizer_key} if source.get("published") else source  # theirs is not told, the flag says it
-    asked = {name: getattr(config, name) for name in ("dataset_subset", "text_field", "max_documents", "val_share")}
+    made = (
+        {**source, "tokenizer": tokenizer_key} if source.get("published") else source
+    )  # theirs is not told, the flag says it
+    asked = {
+        name: getattr(config, name)
+        for name in ("dataset_subset", "text_field", "max_documents", "val_share")
+    }
     for name, value in {**asked, "tokenizer": tokenizer_key}.items():
         if value != SmollmConfig.__dataclass_fields__[name].default and value != made.get(name):
             what = f"--{name}: {value}, but {config.dataset_name} is ready-made with {made.get(name, 'another choice')}"
@@ -465,13 +579,21 @@ def prepare_tokens(config: SmollmConfig, build: bool = True) -> Path:
         return Path(name)
     if name == SmollmConfig.dataset_name:
         config.dataset_subset = config.dataset_subset or "cosmopedia-v2"
-    if not (0 < config.val_share < 1 and 0 <= config.shard_index < config.num_shards and (config.max_documents or 1) > 0):
+    if not (
+        0 < config.val_share < 1
+        and 0 <= config.shard_index < config.num_shards
+        and (config.max_documents or 1) > 0
+    ):
         what = f"--val_share {config.val_share}, --num_shards {config.num_shards}, --shard_index {config.shard_index}"
-        raise ValueError(f"{what}, --max_documents {config.max_documents}: a share in (0, 1), an index from 0 to N - 1, a positive limit")
+        raise ValueError(
+            f"{what}, --max_documents {config.max_documents}: a share in (0, 1), an index from 0 to N - 1, a positive limit"
+        )
     facts = corpus.facts_of(name, config.dataset_subset, config.text_field, config.max_documents)
     facts |= {"tokenizer": key, "val_share": config.val_share, "writer": shards.WRITER}
     fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-    slug = re.sub(r"[^\w.-]+", "-", "-".join(filter(None, (Path(name).name, config.dataset_subset))))[:80]
+    slug = re.sub(
+        r"[^\w.-]+", "-", "-".join(filter(None, (Path(name).name, config.dataset_subset)))
+    )[:80]
     target = Path(config.cache_dir) / f"{slug}-{fingerprint}"
     if config.num_shards > 1:
         target = target.with_name(f"{target.name}-part-{config.shard_index}-of-{config.num_shards}")
@@ -480,9 +602,18 @@ def prepare_tokens(config: SmollmConfig, build: bool = True) -> Path:
         return target
     tokenizer = _tokenizer_of(spec, config)
     work = (config.num_shards, config.shard_index)
-    source = corpus.Corpus(name, config.dataset_subset, config.text_field, config.max_documents, config.streaming, *work)
+    source = corpus.Corpus(
+        name,
+        config.dataset_subset,
+        config.text_field,
+        config.max_documents,
+        config.streaming,
+        *work,
+    )
     started, seen = time.monotonic(), Counter()
-    with tqdm(desc="tokenising", unit=" documents", mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
+    with tqdm(
+        desc="tokenising", unit=" documents", mininterval=0.1 if sys.stderr.isatty() else 30
+    ) as bar:
 
         def progress(n_documents: int, n_bytes: int, n_tokens: int) -> None:
             seen.update(bytes=n_bytes, tokens=n_tokens)
@@ -493,7 +624,9 @@ def prepare_tokens(config: SmollmConfig, build: bool = True) -> Path:
         def tokenise(rows) -> dict:
             return corpus.tokenise(rows, tokenizer, config.val_share)
 
-        return shards.build(target, tokenizer, source.chunks, tokenise, facts, os.cpu_count() or 1, progress)
+        return shards.build(
+            target, tokenizer, source.chunks, tokenise, facts, os.cpu_count() or 1, progress
+        )
 
 
 def describe_tokens(folder, index: dict) -> str:
@@ -502,8 +635,14 @@ def describe_tokens(folder, index: dict) -> str:
     lines = [f"{folder}: {index['source']['dataset_name']}, tokenizer {name}"]
     for split in ("train", "val"):
         mine = [s for s in index["shards"] if ("val" in s["name"]) == (split == "val")]
-        tokens, documents, n_bytes = (sum(s.get(key, 0) for s in mine) for key in ("tokens", "documents", "bytes"))
-        counted = f", {documents:,} documents, {n_bytes:,} bytes of text, {n_bytes / max(tokens, 1):.2f} per token" if documents else ""
+        tokens, documents, n_bytes = (
+            sum(s.get(key, 0) for s in mine) for key in ("tokens", "documents", "bytes")
+        )
+        counted = (
+            f", {documents:,} documents, {n_bytes:,} bytes of text, {n_bytes / max(tokens, 1):.2f} per token"
+            if documents
+            else ""
+        )
         lines.append(f"{split}: {len(mine)} files, {tokens:,} tokens{counted}")
     return "\n".join([*lines, f"content {shards.content_hash(index)}"])
 
@@ -518,7 +657,11 @@ def main(config) -> int:
     """Run the command whose configuration this is; returns the exit code."""
     if isinstance(config, SmollmConfig | MergeConfig):
         merging = isinstance(config, MergeConfig)
-        folder = shards.merge(config.parts, config.parts[0].rsplit("-part-", 1)[0]) if merging else prepare_tokens(config)
+        folder = (
+            shards.merge(config.parts, config.parts[0].rsplit("-part-", 1)[0])
+            if merging
+            else prepare_tokens(config)
+        )
         print(describe_tokens(folder, shards.read_index(folder)))
         return 0
     if isinstance(config, InfoConfig):
@@ -526,7 +669,11 @@ def main(config) -> int:
         print(describe_tokens(config.path, look(config.path)))
         if isinstance(config, VerifyConfig):
             hashed = shards.read_index(config.path)["tokenizer"] is not None
-            print("every byte agrees with its sha256" if hashed else "sizes agree with the headers; there are no hashes to compare")
+            print(
+                "every byte agrees with its sha256"
+                if hashed
+                else "sizes agree with the headers; there are no hashes to compare"
+            )
         return 0
     if isinstance(config, ExtractConfig):
         n = extract_archive(config.archive, config.output_dir, config.max_extract_mb)
@@ -539,9 +686,13 @@ def main(config) -> int:
         if row["status"] not in ("kept", "ignored"):
             print(f"{row['status']}: {row['file']}: {row['reason']}")
     counts = ", ".join(f"{n} {status}" for status, n in sorted(report["counts"].items()))
-    print(f"{counts}; {n_chars / 1e6:.1f} million characters in {config.output_dir}, {time.time() - started:.1f} s; details in report.json")
+    print(
+        f"{counts}; {n_chars / 1e6:.1f} million characters in {config.output_dir}, {time.time() - started:.1f} s; details in report.json"
+    )
     if missing := report["counts"].get("not downloaded"):
-        raise OSError(f"{missing} of {len(config.book_ids)} books could not be downloaded; the others are ready, run the same line again")
+        raise OSError(
+            f"{missing} of {len(config.book_ids)} books could not be downloaded; the others are ready, run the same line again"
+        )
     return 0
 
 

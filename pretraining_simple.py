@@ -14,8 +14,10 @@ On two CPU cores (AMD EPYC) 30 books take 4 minutes and end at a validation loss
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C in those seconds leaves no traceback
-    from parts.launch import quiet_ctrl_c
+if (
+    __name__ == "__main__"
+):  # before torch is imported, so that Ctrl-C in those seconds leaves no traceback
+    from parts.cli.launch import quiet_ctrl_c
 
     quiet_ctrl_c()
 
@@ -35,12 +37,20 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import gpt_train
-from gpt_train import GPT, GPTConfig, calc_loss_batch, evaluate_model, generate_and_print_sample, pick_device, plot_losses
-from parts.checkpoint import append_lines, move_aside, save_checkpoint, write_file
-from parts.config import parse
-from parts.launch import StopRequest, error_line, run_script
-from parts.plan import Setting
-from parts.tokenizers import make_tokenizer, vocabulary_of
+from gpt_train import (
+    GPT,
+    GPTConfig,
+    calc_loss_batch,
+    evaluate_model,
+    generate_and_print_sample,
+    pick_device,
+    plot_losses,
+)
+from parts.cli.config import parse
+from parts.cli.launch import StopRequest, error_line, run_script
+from parts.data.tokenizers import make_tokenizer, vocabulary_of
+from parts.storage.checkpoint import append_lines, move_aside, save_checkpoint, write_file
+from parts.training.plan import Setting
 from prep_dataset import load_documents
 
 # ------------------------------------------------------------------------------------------------ configuration
@@ -50,12 +60,15 @@ from prep_dataset import load_documents
 class SimpleConfig:
     """Pretrain a GPT on a folder of text. Where the default is None, it depends on the device."""
 
-    data_dir: str | None = None  # folder of .txt files; None: prepared books, else fetched ones, else Python's own texts
+    # folder of .txt files; None: prepared books, else fetched ones, else Python's own texts
+    data_dir: str | None = None
     output_dir: str = "runs/simple"  # run folder
-    n_epochs: int | None = None  # passes over the training text; the run ends here or at max_steps, whichever is first
+    # passes over the training text; the run ends here or at max_steps, whichever is first
+    n_epochs: int | None = None
     max_steps: int | None = None  # optimizer steps
     batch_size: int | None = None  # rows per step, each of context_length tokens
-    lr: float | None = None  # highest learning rate (the size of a step), after the warmup in which it grows from 0
+    # highest learning rate (the size of a step), after the warmup in which it grows from 0
+    lr: float | None = None
     eval_freq: int = 200  # steps between two evaluations of the whole validation text
     print_sample_iter: int = 200  # steps between two samples
     save_ckpt_freq: int = 1000  # steps between two checkpoints; the last step is always saved
@@ -65,13 +78,26 @@ class SimpleConfig:
     seed: int = 123  # same seed, same run on one CPU
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     plan: bool = False  # print parameters, memory and time of this run, and end; nothing is fetched or written
-    plan_memory_gb: float | None = None  # plan for a GPU with so many GB (10^9 bytes), not for this device
+    # plan for a GPU with so many GB (10^9 bytes), not for this device
+    plan_memory_gb: float | None = None
     debug: bool = False  # show the traceback of an error
 
 
 # What None stands for: about four minutes on two CPU cores; on a GPU a model that is ten times larger.
-CPU_DEFAULTS = {"model_size": "micro", "context_length": 128, "batch_size": 16, "max_steps": 1400, "lr": 4e-3}
-GPU_DEFAULTS = {"model_size": "mini", "context_length": 256, "batch_size": 32, "max_steps": 3000, "lr": 1e-3}
+CPU_DEFAULTS = {
+    "model_size": "micro",
+    "context_length": 128,
+    "batch_size": 16,
+    "max_steps": 1400,
+    "lr": 4e-3,
+}
+GPU_DEFAULTS = {
+    "model_size": "mini",
+    "context_length": 256,
+    "batch_size": 32,
+    "max_steps": 3000,
+    "lr": 1e-3,
+}
 
 
 def resolve(config: SimpleConfig, device) -> None:
@@ -82,7 +108,11 @@ def resolve(config: SimpleConfig, device) -> None:
         if getattr(config, name) is None:
             setattr(config, name, value)
     for name, value in asdict(config).items():
-        in_range = abs(value) < 2**32 if name == "seed" else type(value) not in (int, float) or 0 < value < math.inf
+        in_range = (
+            abs(value) < 2**32
+            if name == "seed"
+            else type(value) not in (int, float) or 0 < value < math.inf
+        )
         if not in_range:
             raise ValueError(f"--{name}: {value} is out of range; give a positive number")
     GPTConfig.of_size(config.model_size)
@@ -91,7 +121,9 @@ def resolve(config: SimpleConfig, device) -> None:
 # --------------------------------------------------------------------------------------------------------- data
 
 
-def split_documents(documents: list[str], share=0.05, most_chars=200_000) -> tuple[list[str], list[str]]:
+def split_documents(
+    documents: list[str], share=0.05, most_chars=200_000
+) -> tuple[list[str], list[str]]:
     """
     Training and validation texts: documents are cut at blank lines, and the hash of each chunk decides its side.
 
@@ -100,10 +132,14 @@ def split_documents(documents: list[str], share=0.05, most_chars=200_000) -> tup
     """
     n_chars = sum(map(len, documents))
     length = max(1, min(4000, n_chars // 100))
-    cut = re.compile(rf"[\s\S]{{{length}}}(?:[\s\S]{{0,{length}}}?\n\n+|[^\n]*\n)?|[\s\S]+\Z")  # then to a blank line, or a line end
+    cut = re.compile(
+        rf"[\s\S]{{{length}}}(?:[\s\S]{{0,{length}}}?\n\n+|[^\n]*\n)?|[\s\S]+\Z"
+    )  # then to a blank line, or a line end
     chunked = [cut.findall(text) for text in documents]
     ranks = {c: hashlib.sha256(c.encode()).digest()[:8] for chunks in chunked for c in chunks}
-    limit = max(int(min(share, most_chars / n_chars) * 2**64).to_bytes(8, "big"), min(ranks.values()))
+    limit = max(
+        int(min(share, most_chars / n_chars) * 2**64).to_bytes(8, "big"), min(ranks.values())
+    )
     train = ["".join(c for c in chunks if ranks[c] > limit) for chunks in chunked]
     val = ["".join(c for c in chunks if ranks[c] <= limit) for chunks in chunked]
     return [t for t in train if t], [t for t in val if t]
@@ -113,11 +149,18 @@ def train_batches(tokens, batch_size: int, T: int, seed: int):
     """Endless (inputs, targets), each (B, T) int64; every window once per epoch, in an order fixed by seed and epoch."""
     n_windows = (len(tokens) - 1) // T
     seeds = (torch.Generator().manual_seed(seed * 1_000_003 + epoch) for epoch in itertools.count())
-    order = (window for generator in seeds for window in torch.randperm(n_windows, generator=generator).tolist())
+    order = (
+        window
+        for generator in seeds
+        for window in torch.randperm(n_windows, generator=generator).tolist()
+    )
     while True:
         starts = torch.tensor(list(itertools.islice(order, batch_size))) * T  # (B,)
         window = tokens[starts[:, None] + torch.arange(T + 1)].long()  # (B, T + 1)
-        yield window[:, :-1], window[:, 1:]  # the target of each position is the token that follows it
+        yield (
+            window[:, :-1],
+            window[:, 1:],
+        )  # the target of each position is the token that follows it
 
 
 def val_batches(tokens, batch_size: int, T: int) -> list:
@@ -140,7 +183,9 @@ def main(config: SimpleConfig) -> int:
     torch.manual_seed(config.seed)
     B, T, run_dir = config.batch_size, config.context_length, Path(config.output_dir)
     if run_dir.resolve() in (Path.cwd(), Path(config.data_dir or "/").resolve()):
-        raise ValueError(f"--output_dir: {run_dir} is the current folder or --data_dir; name another folder for the run")
+        raise ValueError(
+            f"--output_dir: {run_dir} is the current folder or --data_dir; name another folder for the run"
+        )
 
     if config.plan or config.plan_memory_gb:
         V = vocabulary_of(config.tokenizer, on_gpu=device.type != "cpu")
@@ -155,29 +200,54 @@ def main(config: SimpleConfig) -> int:
     n_windows = (len(train_tokens) - 1) // T
     if n_windows < B or len(val_tokens) < 2:
         what = f"{len(train_tokens):,} training tokens are too few for one batch of {B} rows of {T}"
-        raise ValueError(f"{source}: {what}; give more text, or a smaller --batch_size or --context_length")
+        raise ValueError(
+            f"{source}: {what}; give more text, or a smaller --batch_size or --context_length"
+        )
     n_steps = min(config.max_steps, (config.n_epochs or sys.maxsize) * n_windows // B)
     validation, token_bytes = val_batches(val_tokens, B, T), tokenizer.token_bytes()
 
-    model_config = GPTConfig.of_size(config.model_size, vocab_size=tokenizer.vocab_size, block_size=T)
+    model_config = GPTConfig.of_size(
+        config.model_size, vocab_size=tokenizer.vocab_size, block_size=T
+    )
     model = GPT(model_config).to(device)
-    decayed = [p for p in model.parameters() if p.ndim >= 2]  # matrices; decaying biases and norms does no good
+    decayed = [
+        p for p in model.parameters() if p.ndim >= 2
+    ]  # matrices; decaying biases and norms does no good
     others = [p for p in model.parameters() if p.ndim < 2]  # weight decay draws a weight towards 0
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=device.type != "mps")
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_share(step, n_steps))
-    print(f"{source}: {len(documents)} documents; {tokenizer.name}: {len(train_tokens):,} training, {len(val_tokens):,} validation tokens")
+    optimizer = torch.optim.AdamW(
+        groups, lr=config.lr, betas=(0.9, 0.95), fused=device.type != "mps"
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_share(step, n_steps)
+    )
+    print(
+        f"{source}: {len(documents)} documents; {tokenizer.name}: {len(train_tokens):,} training, {len(val_tokens):,} validation tokens"
+    )
     print(*gpt_train.plan_lines(model_config, Setting(B, device=str(device)))[0], sep="\n")
     print(f"{n_steps} steps of {B} x {T} tokens, {n_steps * B * T:,} tokens to go, on {device}")
 
-    start_run(run_dir, {"config": asdict(config), "model": asdict(model_config), "data": source, "tokenizer": tokenizer.name})
-    losses, events = {0: (None, None)}, []  # step -> (training, validation loss or None); lines for metrics.jsonl, not yet on disk
+    start_run(
+        run_dir,
+        {
+            "config": asdict(config),
+            "model": asdict(model_config),
+            "data": source,
+            "tokenizer": tokenizer.name,
+        },
+    )
+    losses, events = (
+        {0: (None, None)},
+        [],
+    )  # step -> (training, validation loss or None); lines for metrics.jsonl, not yet on disk
 
     def look(step: int) -> None:  # what the model knows by now, and what it writes
         result = evaluate_model(model, validation, device, token_bytes)
         losses[step] = (losses[step][0], result["loss"])
         events.append({"step": step} | {f"val_{name}": value for name, value in result.items()})
-        tqdm.write(f"step {step}: validation loss {result['loss']:.3f}, {result['bits_per_byte']:.3f} bits per byte")
+        tqdm.write(
+            f"step {step}: validation loss {result['loss']:.3f}, {result['bits_per_byte']:.3f} bits per byte"
+        )
         append_lines(run_dir / "metrics.jsonl", events)
 
     def sample(step: int) -> None:
@@ -186,33 +256,60 @@ def main(config: SimpleConfig) -> int:
         append_lines(run_dir / "samples.txt", [f"--- step {step}\n{text}\n"])
 
     def save(step: int) -> bool:
-        state = {"script": "pretraining_simple.py", "step": step, "tokens": step * B * T, "model_config": asdict(model_config)}
+        state = {
+            "script": "pretraining_simple.py",
+            "step": step,
+            "tokens": step * B * T,
+            "model_config": asdict(model_config),
+        }
         try:
-            save_checkpoint(run_dir, step, {"model.safetensors": model.state_dict()}, state, {"tokenizer.json": tokenizer.to_json()}, 1)
+            save_checkpoint(
+                run_dir,
+                step,
+                {"model.safetensors": model.state_dict()},
+                state,
+                {"tokenizer.json": tokenizer.to_json()},
+                1,
+            )
         except OSError as e:  # a run is worth more than a checkpoint
-            tqdm.write(f"warning: step {step} is not saved: {error_line(e)}; free some space or choose another --output_dir")
+            tqdm.write(
+                f"warning: step {step} is not saved: {error_line(e)}; free some space or choose another --output_dir"
+            )
             return False
         return True
 
     batches, seconds = train_batches(train_tokens, B, T, config.seed), 0.0
-    with StopRequest() as stop, tqdm(total=n_steps, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
+    with (
+        StopRequest() as stop,
+        tqdm(total=n_steps, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30) as bar,
+    ):
         look(0)
         for step in range(1, n_steps + 1):
             started = time.perf_counter()
             inputs, targets = next(batches)  # (B, T) each
             loss = calc_loss_batch(inputs, targets, model, device)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one odd batch must not throw the weights far
+            torch.nn.utils.clip_grad_norm_(
+                model.parameters(), 1.0
+            )  # one odd batch must not throw the weights far
             optimizer.step()
             optimizer.zero_grad()
             lr = scheduler.get_last_lr()[0]
             scheduler.step()
             losses[step] = (loss.item(), None)
-            seconds += time.perf_counter() - started  # of training alone: looking and sampling are not speed
+            seconds += (
+                time.perf_counter() - started
+            )  # of training alone: looking and sampling are not speed
             if not math.isfinite(losses[step][0]):
-                raise RuntimeError(f"the loss is {losses[step][0]} at step {step}; start again with a lower --lr than {config.lr:g}")
-            events.append({"step": step, "tokens": step * B * T, "train_loss": losses[step][0], "lr": lr})
-            bar.set_postfix_str(f"loss {losses[step][0]:.3f}, {step * B * T / seconds:,.0f} tokens/s", refresh=False)
+                raise RuntimeError(
+                    f"the loss is {losses[step][0]} at step {step}; start again with a lower --lr than {config.lr:g}"
+                )
+            events.append(
+                {"step": step, "tokens": step * B * T, "train_loss": losses[step][0], "lr": lr}
+            )
+            bar.set_postfix_str(
+                f"loss {losses[step][0]:.3f}, {step * B * T / seconds:,.0f} tokens/s", refresh=False
+            )
             bar.update()
             last = stop or step == n_steps
             if step % config.eval_freq == 0 or last:
@@ -224,13 +321,17 @@ def main(config: SimpleConfig) -> int:
             if last:
                 break
 
-        print(f"{'stopped' if stop else 'finished'} at step {step}: {step * B * T:,} tokens at {step * B * T / seconds:,.0f} per second")
+        print(
+            f"{'stopped' if stop else 'finished'} at step {step}: {step * B * T:,} tokens at {step * B * T / seconds:,.0f} per second"
+        )
         if not saved:
             raise OSError(f"{run_dir}: the last step could not be saved, see the warning above")
         curves = zip(*[(s, s * B * T, *pair) for s, pair in losses.items()], strict=True)
         plot_losses(*curves, run_dir / "loss.png", uniform_loss=math.log(tokenizer.vocab_size))
     print(f"{run_dir}: loss.png, samples.txt, metrics.jsonl, checkpoints/step_{step:06d}")
-    print(f'sample from it: python {os.path.relpath(Path(__file__).parent / "gpt_train.py")} --checkpoint {run_dir} --prompt "It was"')
+    print(
+        f'sample from it: python {os.path.relpath(Path(__file__).parent / "gpt_train.py")} --checkpoint {run_dir} --prompt "It was"'
+    )
     return stop.exit_code or 0
 
 
@@ -247,9 +348,16 @@ def start_run(run_dir: Path, facts: dict) -> None:
     try:
         if earlier := move_aside(run_dir):
             print(f"the earlier run is kept as {earlier}")
-        write_file(run_dir / "run.json", json.dumps({**facts, "torch": torch.__version__, "command": sys.argv}, indent=1).encode())
+        write_file(
+            run_dir / "run.json",
+            json.dumps(
+                {**facts, "torch": torch.__version__, "command": sys.argv}, indent=1
+            ).encode(),
+        )
     except OSError as e:
-        raise ValueError(f"--output_dir: {error_line(e)}; choose a folder that can be written") from e
+        raise ValueError(
+            f"--output_dir: {error_line(e)}; choose a folder that can be written"
+        ) from e
 
 
 # Left out, so that the page stays short. It is the matter of pretraining_advanced.py:
@@ -258,4 +366,6 @@ def start_run(run_dir: Path, facts: dict) -> None:
 # - GaLore, Muon and other schedules: --optimizer, --schedule     - a step with a non-finite gradient is skipped, not fatal
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(SimpleConfig, notes=f"\n\nCPU: {CPU_DEFAULTS}\n\nGPU: {GPU_DEFAULTS}")))
+    run_script(
+        lambda: main(parse(SimpleConfig, notes=f"\n\nCPU: {CPU_DEFAULTS}\n\nGPU: {GPU_DEFAULTS}"))
+    )

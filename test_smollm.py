@@ -40,7 +40,12 @@ NEEDED = (
     "PyYAML",
     "filelock",
 )
-OPTIONAL = {"wandb": "--use_wandb", "tensorboard": "--tensorboard", "galore-torch": "--optimizer galore", "rarfile": ".rar archives"}
+OPTIONAL = {
+    "wandb": "--use_wandb",
+    "tensorboard": "--tensorboard",
+    "galore-torch": "--optimizer galore",
+    "rarfile": ".rar archives",
+}
 NETWORK_TIMEOUT_S = 5
 FREE_GB = 5  # less than this holds no checkpoint of a 124M model with its optimizer state
 
@@ -57,7 +62,9 @@ def check_python_and_packages() -> str:
     assert sys.version_info >= (3, 11), f"Python {platform.python_version()}; install 3.11 or newer"
     missing = [name for name in NEEDED if _version(name) is None]
     assert not missing, f"missing: {', '.join(missing)}; pip install -r requirements.txt"
-    return f"Python {platform.python_version()}, " + ", ".join(f"{name} {_version(name)}" for name in NEEDED[:5])
+    return f"Python {platform.python_version()}, " + ", ".join(
+        f"{name} {_version(name)}" for name in NEEDED[:5]
+    )
 
 
 def check_optional_packages() -> str:
@@ -80,19 +87,22 @@ def check_devices() -> str:
     import torch
 
     from gpt_train import pick_device
-    from parts.machine import choose_dtype
+    from parts.base.machine import choose_dtype
 
     device = pick_device("auto")
     dtype, why = choose_dtype("auto", device)
     n = torch.cuda.device_count()
-    names = ", ".join(torch.cuda.get_device_name(i) for i in range(n)) or f"no GPU, {os.cpu_count()} CPU cores"
+    names = (
+        ", ".join(torch.cuda.get_device_name(i) for i in range(n))
+        or f"no GPU, {os.cpu_count()} CPU cores"
+    )
     return f"{names}; --device auto is {device}, --dtype auto is {str(dtype).removeprefix('torch.')} ({why})"
 
 
 def check_compiler() -> str:
     """torch.compile really compiles something."""
     from gpt_train import pick_device
-    from parts.machine import why_no_compiler
+    from parts.base.machine import why_no_compiler
 
     if why := why_no_compiler(pick_device("auto")):
         raise Skipped(f"--compile will be left off: {why}")
@@ -101,13 +111,17 @@ def check_compiler() -> str:
 
 def check_tokenizer() -> str:
     """GPT-2's vocabulary from tiktoken's cache, or from the network."""
-    from parts.tokenizers import gpt2_tokenizer
+    from parts.data.tokenizers import gpt2_tokenizer
 
     try:
         tokenizer = gpt2_tokenizer(timeout_s=NETWORK_TIMEOUT_S)
     except OSError as e:
-        raise Skipped(f"GPT-2's vocabulary is neither cached nor reachable ({e}); use --tokenizer bpe, or set TIKTOKEN_CACHE_DIR") from e
-    assert tokenizer.encode("Hello world").tolist() == [15496, 995], "GPT-2's vocabulary gives other ids than GPT-2's"
+        raise Skipped(
+            f"GPT-2's vocabulary is neither cached nor reachable ({e}); use --tokenizer bpe, or set TIKTOKEN_CACHE_DIR"
+        ) from e
+    assert tokenizer.encode("Hello world").tolist() == [15496, 995], (
+        "GPT-2's vocabulary gives other ids than GPT-2's"
+    )
     return f"GPT-2's {tokenizer.vocab_size:,} tokens"
 
 
@@ -115,17 +129,23 @@ def check_network() -> str:
     """The Hugging Face hub answers."""
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
-        with urllib.request.urlopen(f"{endpoint}/api/datasets/HuggingFaceTB/smollm-corpus", timeout=NETWORK_TIMEOUT_S) as response:
+        with urllib.request.urlopen(
+            f"{endpoint}/api/datasets/HuggingFaceTB/smollm-corpus", timeout=NETWORK_TIMEOUT_S
+        ) as response:
             return f"{endpoint} answers ({response.status})"
     except OSError as e:
-        raise Skipped(f"{endpoint} is out of reach ({e}); give --dataset_name a folder or file of your own") from e
+        raise Skipped(
+            f"{endpoint} is out of reach ({e}); give --dataset_name a folder or file of your own"
+        ) from e
 
 
 def check_disk() -> str:
     """Room for checkpoints here."""
     free = shutil.disk_usage(".").free / 1e9
     if free < FREE_GB:
-        raise Skipped(f"{free:.1f} GB free here, the checkpoints of a 124M run need {FREE_GB}; choose another --output_dir")
+        raise Skipped(
+            f"{free:.1f} GB free here, the checkpoints of a 124M run need {FREE_GB}; choose another --output_dir"
+        )
     return f"{free:,.0f} GB free here"
 
 
@@ -137,8 +157,13 @@ WORDS = "the old man and a small dog went down to the sea where ships of every k
 
 def _folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="test_smollm-"))
-    texts = (f"{n}. " + " ".join(WORDS[(n * 5 + i * (n % 7 + 2)) % len(WORDS)] for i in range(80)) for n in range(500))
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+    texts = (
+        f"{n}. " + " ".join(WORDS[(n * 5 + i * (n % 7 + 2)) % len(WORDS)] for i in range(80))
+        for n in range(500)
+    )
+    (folder / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8"
+    )
     return folder
 
 
@@ -150,13 +175,21 @@ def _command(name: str) -> list[str]:
 
 
 def _run(command, folder) -> subprocess.CompletedProcess:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=170, check=False)
-    assert done.returncode == 0, f"{' '.join(command[1:3])} ended with {done.returncode}: {done.stderr.strip()[-300:]}"
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=170, check=False
+    )
+    assert done.returncode == 0, (
+        f"{' '.join(command[1:3])} ended with {done.returncode}: {done.stderr.strip()[-300:]}"
+    )
     return done
 
 
 def _losses(text: str) -> dict[int, float]:
-    rows = [line.split() for line in text.splitlines() if line.startswith("step ") and line.split()[2:3] == ["loss"]]
+    rows = [
+        line.split()
+        for line in text.splitlines()
+        if line.startswith("step ") and line.split()[2:3] == ["loss"]
+    ]
     return {int(row[1]): float.fromhex(row[3]) for row in rows}
 
 
@@ -169,25 +202,42 @@ def check_training_kill_and_resume() -> str:
         assert len(straight) == STEPS and straight[STEPS] < straight[1] - 1, (
             f"it does not learn: loss {straight[1]:.2f} to {straight[STEPS]:.2f}"
         )
-        assert (folder / "runs/straight/loss.png").exists() and (folder / "runs/straight/samples.txt").exists(), (
-            "no loss.png or samples.txt"
-        )
+        assert (folder / "runs/straight/loss.png").exists() and (
+            folder / "runs/straight/samples.txt"
+        ).exists(), "no loss.png or samples.txt"
         shards = list(folder.glob("token_cache/*/index.json"))
         assert len(shards) == 1, "the token cache is not there"
         built = shards[0].stat().st_mtime_ns
-        with subprocess.Popen(_command("killed"), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        with subprocess.Popen(
+            _command("killed"),
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        ) as process:
             for line in process.stdout:
                 if line.startswith("step 25 loss"):
-                    process.send_signal(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
+                    process.send_signal(
+                        signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM
+                    )
                     break
         again = _run(_command("killed"), folder).stdout
-        assert "resumed from step " in again, "it began anew instead of going on from its checkpoint"
+        assert "resumed from step " in again, (
+            "it began anew instead of going on from its checkpoint"
+        )
         assert shards[0].stat().st_mtime_ns == built, "the token cache was built again"
         for step, loss in _losses(again).items():
-            assert loss == straight[step], f"step {step}: the resumed run has loss {loss!r}, the straight one {straight[step]!r}"
+            assert loss == straight[step], (
+                f"step {step}: the resumed run has loss {loss!r}, the straight one {straight[step]!r}"
+            )
         verify = [sys.executable, str(HERE / "wt_load.py"), "verify"]
-        hashes = [_run([*verify, f"runs/{name}"], folder).stdout.splitlines()[-1] for name in ("straight", "killed")]
-        assert hashes[0] == hashes[1], "the weights of the resumed run differ from those of the straight one"
+        hashes = [
+            _run([*verify, f"runs/{name}"], folder).stdout.splitlines()[-1]
+            for name in ("straight", "killed")
+        ]
+        assert hashes[0] == hashes[1], (
+            "the weights of the resumed run differ from those of the straight one"
+        )
         learned = f"loss {straight[1]:.2f} to {straight[STEPS]:.2f} in {STEPS} steps"
         return f"{learned}; killed and resumed to the same bits ({hashes[0][:12]}), {time.monotonic() - started:.0f} s"
     finally:

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from parts import shards
-from parts.batches import TrainBatches
-from parts.tokenizers import byte_tokenizer
+from parts.data import shards
+from parts.data.batches import TrainBatches
+from parts.data.tokenizers import byte_tokenizer
 
 B, T, N = 8, 256, 20_000_000
 
@@ -40,7 +40,9 @@ def get_batch(path, n: int) -> float:
         data = np.memmap(path, dtype=np.uint16, mode="r", offset=shards.HEADER_BYTES)
         places = torch.randint(len(data) - T, (B,))
         x = torch.stack([torch.from_numpy(data[i : i + T].astype(np.int64)) for i in places])
-        y = torch.stack([torch.from_numpy(data[i + 1 : i + 1 + T].astype(np.int64)) for i in places])
+        y = torch.stack(
+            [torch.from_numpy(data[i + 1 : i + 1 + T].astype(np.int64)) for i in places]
+        )
         assert x.shape == y.shape
     return (time.perf_counter() - started) / n
 
@@ -55,12 +57,16 @@ def main() -> None:
         def chunks(_):
             yield [ids], None
 
-        folder = shards.build(Path(tmp) / "cache", tokenizer, chunks, lambda rows: {"train": (rows[0], 1, N)}, {}, 1)
+        folder = shards.build(
+            Path(tmp) / "cache", tokenizer, chunks, lambda rows: {"train": (rows[0], 1, N)}, {}, 1
+        )
         index = shards.read_index(folder)
         path = folder / next(s["name"] for s in index["shards"] if "train" in s["name"])
         runs = [(ours(folder, index), get_batch(path, N // T // B)) for _ in range(3)]
     mine, theirs = (statistics.median(seconds) * 1e6 for seconds in zip(*runs, strict=True))
-    print(f"{B} x {T}: ours {mine:.1f} us a batch over an epoch, get_batch {theirs:.1f} us; ratio {theirs / mine:.1f}")
+    print(
+        f"{B} x {T}: ours {mine:.1f} us a batch over an epoch, get_batch {theirs:.1f} us; ratio {theirs / mine:.1f}"
+    )
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from gpt_train import GPT, Block, GPTConfig
-from parts.checkpoint import load_tensors, save_checkpoint, verify_checkpoint
-from parts.optim import Optimizer
-from parts.parallel import Parallel
-from parts.writer import Writer
+from parts.storage.checkpoint import load_tensors, save_checkpoint, verify_checkpoint
+from parts.storage.writer import Writer
+from parts.training.engine import Parallel
+from parts.training.optim import Optimizer
 from pretraining_advanced import Job, TrainConfig, checkpoint_bytes, save
 
 
@@ -52,7 +52,14 @@ def main() -> None:
         writer.wait()
         for step in range(1, 4):
             started, cpu = time.perf_counter(), time.process_time()
-            state = {"step": step, "tokens": 0, "data_cursor": {}, "best": None, "guard": {}, "rows_per_step": 1}
+            state = {
+                "step": step,
+                "tokens": 0,
+                "data_cursor": {},
+                "best": None,
+                "guard": {},
+                "rows_per_step": 1,
+            }
             save(job, optimizer, config, parallel, writer, state, at_once=False)
             waited = time.perf_counter() - started
             writer.wait()
@@ -70,9 +77,15 @@ def main() -> None:
         assert all(torch.equal(read[name], value) for name, value in model.state_dict().items())
         size = sum(f.stat().st_size for f in folder.iterdir())
     waited, written, cpu, peer = (statistics.median(column) for column in zip(*rows, strict=True))
-    print(f"ours:       stands still {waited:.3f} s, written after {written:.2f} s, {size / 1e9:.3f} GB, verified")
-    print(f"torch.save: stands still {peer:.3f} s, {n_bytes / 1e9:.3f} GB; ratio {peer / waited:.1f}")
-    print(f"every 10 minutes: {(waited + cpu) / 600:.2%} of the time of one core, {waited / 600:.3%} of it standing still")
+    print(
+        f"ours:       stands still {waited:.3f} s, written after {written:.2f} s, {size / 1e9:.3f} GB, verified"
+    )
+    print(
+        f"torch.save: stands still {peer:.3f} s, {n_bytes / 1e9:.3f} GB; ratio {peer / waited:.1f}"
+    )
+    print(
+        f"every 10 minutes: {(waited + cpu) / 600:.2%} of the time of one core, {waited / 600:.3%} of it standing still"
+    )
 
 
 if __name__ == "__main__":

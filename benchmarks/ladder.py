@@ -19,18 +19,28 @@ import torch.nn.functional as F
 from train_step import forget_peak, ours, peak_bytes
 
 import gpt_train
-import parts.optim
-import parts.parallel
-from parts.meter import peak_flops
+import parts.training.engine
+import parts.training.optim
+from parts.training.metrics import peak_flops
 
 CUDA = torch.cuda.is_available()
-RUNGS = ["fp32, nothing else", "SDPA", *(["TF32"] if CUDA else []), "bf16", "compile", "fused AdamW", "loss in blocks"]
+RUNGS = [
+    "fp32, nothing else",
+    "SDPA",
+    *(["TF32"] if CUDA else []),
+    "bf16",
+    "compile",
+    "fused AdamW",
+    "loss in blocks",
+]
 RUNGS += [] if CUDA else ["attention as products", "freed memory kept"]
 
 
 def whole_logits(hidden, weight, targets):
     """The loss as it is written down."""
-    return F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=-100, reduction="sum")
+    return F.cross_entropy(
+        F.linear(hidden, weight).float(), targets, ignore_index=-100, reduction="sum"
+    )
 
 
 def climb(args) -> None:
@@ -51,10 +61,14 @@ def climb(args) -> None:
     if "loss in blocks" not in on:
         gpt_train.cross_entropy_of_head = whole_logits
     if "fused AdamW" not in on:
-        fused = parts.optim.AdamW
-        parts.optim.AdamW = type("AdamW", (fused,), {"__init__": lambda self, groups, **_: fused.__init__(self, groups, fused=False)})
+        fused = parts.training.optim.AdamW
+        parts.training.optim.AdamW = type(
+            "AdamW",
+            (fused,),
+            {"__init__": lambda self, groups, **_: fused.__init__(self, groups, fused=False)},
+        )
     if "freed memory kept" not in on:
-        parts.parallel.keep_freed_memory = lambda *_: None
+        parts.training.engine.keep_freed_memory = lambda *_: None
     args.eager, dtype = "compile" not in on, torch.bfloat16 if "bf16" in on else torch.float32
     step, seconds = ours(args, device, dtype), []
     ids = torch.randint(50257, (args.batch_size, args.context_length + 1)).to(device)
@@ -83,9 +97,14 @@ def main() -> None:
         return climb(args)
     first = None
     for i, name in enumerate(RUNGS):
-        done = subprocess.run([sys.executable, *sys.argv, "--rung", str(i)], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, *sys.argv, "--rung", str(i)], capture_output=True, text=True
+        )
         if done.returncode:
-            print(f"{'+ ' if i else ''}{name}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}", flush=True)
+            print(
+                f"{'+ ' if i else ''}{name}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}",
+                flush=True,
+            )
             continue
         rate, mfu, peak = json.loads(done.stdout.splitlines()[-1])
         first = first or rate

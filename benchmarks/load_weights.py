@@ -43,14 +43,20 @@ def main() -> None:
     header, start = {}, 0
     for name, t in model.state_dict().items():
         shape = list(t.shape[::-1] if name.endswith(TURNED) else t.shape)
-        header[f"transformer.{name}"] = {"dtype": "F32", "shape": shape, "data_offsets": [start, start + t.nbytes]}
+        header[f"transformer.{name}"] = {
+            "dtype": "F32",
+            "shape": shape,
+            "data_offsets": [start, start + t.nbytes],
+        }
         start += t.nbytes
     text = json.dumps(header).encode()
     with tempfile.TemporaryDirectory() as tmp:
         with open(f"{tmp}/model.safetensors", "wb") as f:
             f.write(len(text).to_bytes(8, "little") + text)
             f.truncate(8 + len(text) + start)
-        Path(tmp, "config.json").write_text(json.dumps({"model_type": "gpt2", "n_head": model.config.n_head}), encoding="utf-8")
+        Path(tmp, "config.json").write_text(
+            json.dumps({"model_type": "gpt2", "n_head": model.config.n_head}), encoding="utf-8"
+        )
         subprocess.run([sys.executable, "-c", LOADING, tmp], check=True)
 
 

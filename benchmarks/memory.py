@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from gpt_train import GPTConfig, count_parameters, memory_of
-from parts.plan import Setting
-from parts.tokenizers import gpt2_tokenizer
+from parts.data.tokenizers import gpt2_tokenizer
+from parts.training.plan import Setting
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {  # name -> model size, tokens of context, rows, more
@@ -44,15 +44,44 @@ def run(folder: Path, size: str, T: int, B: int, *flags: str) -> tuple[dict, flo
             header[:3] = 20240520, 1, 60_000
             ids = np.random.default_rng(0).integers(0, 256, 60_000, dtype=np.uint16)
             (data / f"{name}_000000.bin").write_bytes(header.tobytes() + ids.tobytes())
-    command = [sys.executable, str(ROOT / "pretraining_advanced.py"), "--dataset_name", str(data), "--output_dir", str(out)]
-    command += ["--model_size", size, "--context_length", str(T), "--batch_size", str(B), "--device", "cpu"]
+    command = [
+        sys.executable,
+        str(ROOT / "pretraining_advanced.py"),
+        "--dataset_name",
+        str(data),
+        "--output_dir",
+        str(out),
+    ]
+    command += [
+        "--model_size",
+        size,
+        "--context_length",
+        str(T),
+        "--batch_size",
+        str(B),
+        "--device",
+        "cpu",
+    ]
     command += ["--max_steps", "3", "--eval_tokens", "1000", "--print_sample_iter", "1000", *flags]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
     if result.returncode:
         raise SystemExit(result.stderr[-1000:])
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = [
+        json.loads(line)
+        for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     n_bytes = sum(f.stat().st_size for f in out.glob("checkpoints/step_000003/*"))
-    return json.loads((out / "run.json").read_text(encoding="utf-8")), max(r.get("memory_gib", 0) for r in records) * 2**30, n_bytes
+    return (
+        json.loads((out / "run.json").read_text(encoding="utf-8")),
+        max(r.get("memory_gib", 0) for r in records) * 2**30,
+        n_bytes,
+    )
 
 
 def planned(facts: dict) -> tuple[int, int]:
@@ -67,16 +96,36 @@ def compare(folder: Path, shape: str) -> tuple[float, float, float, int]:
     """(peak planned, peak measured, bytes of a checkpoint planned, as they are) of a shape; the smallest run is made once per folder."""
     smallest = folder / "smallest.json"
     if not smallest.exists():
-        facts, peak, _ = run(folder, "nano", 8, 1, "--n_layer", "1", "--n_embd", "2", "--n_head", "1", "--dtype", "fp32")
+        facts, peak, _ = run(
+            folder,
+            "nano",
+            8,
+            1,
+            "--n_layer",
+            "1",
+            "--n_embd",
+            "2",
+            "--n_head",
+            "1",
+            "--dtype",
+            "fp32",
+        )
         smallest.write_text(json.dumps(peak - planned(facts)[0]), encoding="utf-8")
     facts, peak, n_bytes = run(folder, *SHAPES[shape])
     predicted, tensors = planned(facts)
-    return predicted, peak - json.loads(smallest.read_text(encoding="utf-8")), tensors + len(gpt2_tokenizer().to_json()), n_bytes
+    return (
+        predicted,
+        peak - json.loads(smallest.read_text(encoding="utf-8")),
+        tensors + len(gpt2_tokenizer().to_json()),
+        n_bytes,
+    )
 
 
 def main() -> None:
     """Run the shapes and print a line for each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", choices=SHAPES, default=list(SHAPES))
     with tempfile.TemporaryDirectory() as name:
         for shape in parser.parse_args().only:

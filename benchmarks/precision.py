@@ -12,8 +12,8 @@ import time
 import torch
 
 from gpt_train import GPT, GPTConfig, pick_device
-from parts.optim import Optimizer
-from parts.parallel import Parallel
+from parts.training.engine import Parallel
+from parts.training.optim import Optimizer
 
 
 def main() -> None:

@@ -26,12 +26,12 @@ from train_step import ours
 
 import gpt_train
 from gpt_train import GPTConfig, flops_per_token, memory_of, pick_device
-from parts import corpus, shards
-from parts.machine import DTYPES, choose_dtype
-from parts.meter import peak_flops, read_metrics
-from parts.plan import Setting
-from parts.tokenizers import EOT, Tokenizer, byte_tokenizer
-from parts.writer import free_memory
+from parts.base.machine import DTYPES, choose_dtype
+from parts.data import corpus, shards
+from parts.data.tokenizers import EOT, Tokenizer, byte_tokenizer
+from parts.storage.writer import free_memory
+from parts.training.metrics import peak_flops, read_metrics
+from parts.training.plan import Setting
 
 OPTIONAL = ("transformers", "tqdm", "matplotlib", "datasets", "galore_torch")
 CHECKS = ("python_and_packages", "optional_packages", "devices", "compiler", "disk")

@@ -41,15 +41,29 @@ def main() -> None:
     ours = GPT(GPTConfig.of_size(args.size)).eval()
     c = ours.config
     theirs = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, attn_implementation="sdpa")
+        transformers.GPT2Config(
+            n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, attn_implementation="sdpa"
+        )
     ).eval()
-    transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transformers keeps them as (in, out)
-    theirs.transformer.load_state_dict({k: v.t() if k.endswith(transposed) else v for k, v in ours.state_dict().items()})
+    transposed = (
+        "c_attn.weight",
+        "c_proj.weight",
+        "c_fc.weight",
+    )  # transformers keeps them as (in, out)
+    theirs.transformer.load_state_dict(
+        {k: v.t() if k.endswith(transposed) else v for k, v in ours.state_dict().items()}
+    )
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     ours, theirs = ours.to(args.device, dtype), theirs.to(args.device, dtype)
     for B in (1, 8):
         ids = torch.randint(c.vocab_size, (B, PROMPT_TOKENS), device=args.device)
-        options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": True, "top_k": 50, "use_cache": True}
+        options = {
+            "max_new_tokens": NEW_TOKENS,
+            "min_new_tokens": NEW_TOKENS,
+            "do_sample": True,
+            "top_k": 50,
+            "use_cache": True,
+        }
         options |= {"attention_mask": torch.ones_like(ids), "pad_token_id": 50256}
         runs = {
             "ours": lambda ids=ids: generate(ours, ids, NEW_TOKENS, top_k=50, seed=1),
@@ -63,7 +77,10 @@ def main() -> None:
                 measured[name].append(seconds(run, args.device))
         rate = {name: B * NEW_TOKENS / statistics.median(times) for name, times in measured.items()}
         peer = rate["transformers"]
-        print(f"batch {B}: ours {rate['ours']:.1f} tokens/s, transformers {peer:.1f}; ratio {rate['ours'] / peer:.2f}", flush=True)
+        print(
+            f"batch {B}: ours {rate['ours']:.1f} tokens/s, transformers {peer:.1f}; ratio {rate['ours'] / peer:.2f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -25,20 +25,25 @@ def work() -> None:
     import torch.distributed as dist
 
     from gpt_train import GPT, Block, GPTConfig
-    from parts.machine import choose_dtype
-    from parts.optim import Optimizer
-    from parts.parallel import Parallel
+    from parts.base.machine import choose_dtype
+    from parts.training.engine import Parallel
+    from parts.training.optim import Optimizer
 
     device = torch.device("cpu")
     with Parallel("ddp", device, choose_dtype("auto", device)[0]) as parallel:
         torch.manual_seed(0)
         gpt = GPT(GPTConfig.of_size(SIZE, vocab_size=V, block_size=T, dropout=0.0))
-        model, optimizer = parallel.prepare(gpt, (Block,), lambda m: Optimizer(m, (Block,), "adamw", 0.1, device))
+        model, optimizer = parallel.prepare(
+            gpt, (Block,), lambda m: Optimizer(m, (Block,), "adamw", 0.1, device)
+        )
         ids = torch.randint(V, (ROWS // parallel.world, T + 1))
 
         def step(exchange: bool) -> float:
             started = time.perf_counter()
-            with parallel.sync(model, last=True), contextlib.nullcontext() if exchange or parallel.world == 1 else model.no_sync():
+            with (
+                parallel.sync(model, last=True),
+                contextlib.nullcontext() if exchange or parallel.world == 1 else model.no_sync(),
+            ):
                 with parallel.autocast():
                     loss = model(ids[:, :-1], ids[:, 1:])
                 parallel.backward(loss * (parallel.world / (ROWS * T)))
@@ -52,7 +57,9 @@ def work() -> None:
             dist.all_reduce(buffer)
             return time.perf_counter() - started
 
-        rows = [(step(True), step(False), exchange() if parallel.world > 1 else 0.0) for _ in range(10)][2:]
+        rows = [
+            (step(True), step(False), exchange() if parallel.world > 1 else 0.0) for _ in range(10)
+        ][2:]
         if parallel.rank == 0:
             print(json.dumps([statistics.median(column) for column in zip(*rows, strict=True)]))
 
@@ -65,13 +72,32 @@ def main() -> None:
         return work()
     seen = {}
     for n in (1, 2):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), sys.argv[0], "--work"]
-        done = subprocess.run(launch, check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(n),
+            sys.argv[0],
+            "--work",
+        ]
+        done = subprocess.run(
+            launch,
+            check=True,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         seen[n] = json.loads(done.stdout.splitlines()[-1])
     one, (two, alone, exchange) = seen[1][0], seen[2]
     shown = max(0.0, two - alone)
-    print(f"1 process {one * 1000:.0f} ms per step, 2 processes {two * 1000:.0f} ms: efficiency {one / two / 2:.2f}")
-    print(f"exchange alone {exchange * 1000:.0f} ms, {shown * 1000:.0f} of them seen in a step: {1 - shown / exchange:.0%} are hidden")
+    print(
+        f"1 process {one * 1000:.0f} ms per step, 2 processes {two * 1000:.0f} ms: efficiency {one / two / 2:.2f}"
+    )
+    print(
+        f"exchange alone {exchange * 1000:.0f} ms, {shown * 1000:.0f} of them seen in a step: {1 - shown / exchange:.0%} are hidden"
+    )
 
 
 if __name__ == "__main__":

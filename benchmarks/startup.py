@@ -42,20 +42,33 @@ def main() -> None:
     python, script = sys.executable, ROOT / "pretraining_advanced.py"
     with tempfile.TemporaryDirectory() as tmp:
         subprocess.run([python, ROOT / "tests/faults/make_corpus.py", f"{tmp}/data"], check=True)
-        run = [python, script, "--config", ROOT / "tests/faults/tiny.yaml", "--dataset_name", f"{tmp}/data", "--cache_dir", f"{tmp}/cache"]
+        run = [
+            python,
+            script,
+            "--config",
+            ROOT / "tests/faults/tiny.yaml",
+            "--dataset_name",
+            f"{tmp}/data",
+            "--cache_dir",
+            f"{tmp}/cache",
+        ]
         commands = {
             "ours": [*run, "--max_steps", "1", "--resume", "never", "--output_dir", f"{tmp}/run"],
             "transformers": [python, "-c", PEER],
             "import torch": [python, "-c", "import torch"],
             "--help": [python, script, "--help"],
         }
-        seen = {name: [cpu_seconds(command)] for name, command in commands.items()}  # files into memory, cache built
+        seen = {
+            name: [cpu_seconds(command)] for name, command in commands.items()
+        }  # files into memory, cache built
         for _ in range(5):
             for name, command in commands.items():
                 seen[name].append(cpu_seconds(command))
     medians = {name: statistics.median(seconds[1:]) for name, seconds in seen.items()}
     print(", ".join(f"{name} {seconds:.2f} s" for name, seconds in medians.items()))
-    print(f"ratio {medians['transformers'] / medians['ours']:.2f} (CPU time, transformers over ours)")
+    print(
+        f"ratio {medians['transformers'] / medians['ours']:.2f} (CPU time, transformers over ours)"
+    )
 
 
 if __name__ == "__main__":

@@ -19,15 +19,15 @@ import tempfile
 import time
 from pathlib import Path
 
-from parts.corpus import python_docs
-from parts.shards import HEADER_BYTES
+from parts.data.corpus import python_docs
+from parts.data.shards import HEADER_BYTES
 
 ROOT = Path(__file__).resolve().parent.parent
 PEER = """
 import sys
 import numpy as np, tiktoken
 from datasets import load_dataset
-from parts.corpus import in_validation
+from parts.data.corpus import in_validation
 kind, files, out, cache = sys.argv[1], sys.argv[2].split("\\n"), sys.argv[3], sys.argv[4]
 dataset = load_dataset(kind, data_files=files, split="train", cache_dir=cache)
 enc = tiktoken.get_encoding("gpt2")
@@ -60,11 +60,17 @@ def main() -> None:
     parser.add_argument("--data")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as tmp:
-        files = sorted(str(f) for f in Path(args.data).rglob("*") if f.suffix in (".parquet", ".jsonl")) if args.data else []
+        files = (
+            sorted(str(f) for f in Path(args.data).rglob("*") if f.suffix in (".parquet", ".jsonl"))
+            if args.data
+            else []
+        )
         if not files:
             documents = python_docs()
             with open(f"{tmp}/docs.jsonl", "w", encoding="utf-8") as f:
-                f.writelines(json.dumps({"text": text}) + "\n" for _ in range(200) for text in documents)
+                f.writelines(
+                    json.dumps({"text": text}) + "\n" for _ in range(200) for text in documents
+                )
             files = [f"{tmp}/docs.jsonl"]
         kinds = {Path(f).suffix for f in files}
         if len(kinds) > 1:
@@ -76,23 +82,37 @@ def main() -> None:
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
         seconds = {"ours": [], "peer": []}
         for i in range(3):
-            build = [ROOT / "prep_dataset.py", "smollm", "--dataset_name", f"{tmp}/text", "--cache_dir", f"{tmp}/ours{i}"]
+            build = [
+                ROOT / "prep_dataset.py",
+                "smollm",
+                "--dataset_name",
+                f"{tmp}/text",
+                "--cache_dir",
+                f"{tmp}/ours{i}",
+            ]
             started = time.perf_counter()
             subprocess.run([sys.executable, *build], check=True, capture_output=True, env=env)
             seconds["ours"].append(time.perf_counter() - started)
             index = json.loads(next(Path(f"{tmp}/ours{i}").glob("*/index.json")).read_text())
-            n_tokens, n_bytes = (sum(s[key] for s in index["shards"]) for key in ("tokens", "bytes"))
+            n_tokens, n_bytes = (
+                sum(s[key] for s in index["shards"]) for key in ("tokens", "bytes")
+            )
             peer = [PEER, kind, "\n".join(files), f"{tmp}/peer.bin", f"{tmp}/arrow{i}"]
             started = time.perf_counter()
             subprocess.run([sys.executable, "-c", *peer], check=True, capture_output=True, env=env)
             seconds["peer"].append(time.perf_counter() - started)
             for side, split in enumerate(("train", "val")):
                 shards = sorted(Path(f"{tmp}/ours{i}").glob(f"*/{split}_*.bin"))
-                if b"".join(f.read_bytes()[HEADER_BYTES:] for f in shards) != Path(f"{tmp}/peer.bin.{side}").read_bytes():
+                if (
+                    b"".join(f.read_bytes()[HEADER_BYTES:] for f in shards)
+                    != Path(f"{tmp}/peer.bin.{side}").read_bytes()
+                ):
                     sys.exit(f"the two sides do not have the same tokens in {split}")
     ours, theirs = (n_bytes / 1e6 / statistics.median(seconds[side]) for side in ("ours", "peer"))
     print(f"{n_bytes / 1e6:.1f} MB, {n_tokens:,} tokens")
-    print(f"ours {ours:.1f} MB/s, datasets.map(num_proc=2) {theirs:.1f} MB/s; ratio {ours / theirs:.1f}")
+    print(
+        f"ours {ours:.1f} MB/s, datasets.map(num_proc=2) {theirs:.1f} MB/s; ratio {ours / theirs:.1f}"
+    )
 
 
 if __name__ == "__main__":

@@ -28,22 +28,34 @@ def ours(args, device, dtype):
     import torch
 
     from gpt_train import GPT, Block, GPTConfig
-    from parts.objectives import compile_softmax
-    from parts.optim import Optimizer
-    from parts.parallel import Parallel
+    from parts.model.losses import compile_softmax
+    from parts.training.engine import Parallel
+    from parts.training.optim import Optimizer
     from pretraining_advanced import Job, TrainConfig, gradients
 
     torch.manual_seed(0)
-    gpt = GPT(GPTConfig.of_size(args.size, vocab_size=50257, block_size=args.context_length, dropout=0.0))
+    gpt = GPT(
+        GPTConfig.of_size(args.size, vocab_size=50257, block_size=args.context_length, dropout=0.0)
+    )
     parallel = Parallel("none", device, dtype)
-    job = Job(gpt, None, None, lambda model, batch: model(batch["inputs"], batch["targets"]), (Block,), 0, {})
+    job = Job(
+        gpt,
+        None,
+        None,
+        lambda model, batch: model(batch["inputs"], batch["targets"]),
+        (Block,),
+        0,
+        {},
+    )
     config = TrainConfig(batch_size=args.batch_size)
 
     def make_optimizer(model):
         return Optimizer(model, job.blocks, "adamw", 0.1, device)
 
     compile_softmax(not args.eager and device.type == "cuda")
-    model, optimizer = parallel.prepare(gpt, job.blocks, make_optimizer, compile_blocks=not args.eager)
+    model, optimizer = parallel.prepare(
+        gpt, job.blocks, make_optimizer, compile_blocks=not args.eager
+    )
     optimizer.set_lr(1e-4)
     state = SimpleNamespace(step=0)
 
@@ -51,7 +63,9 @@ def ours(args, device, dtype):
         batch = {"inputs": ids[:, :-1], "targets": ids[:, 1:]}
         state.step += 1
         n = batch["targets"].numel()
-        total = gradients(job, model, optimizer, [batch], n, {"step": state.step, "split": 1}, config, parallel)
+        total = gradients(
+            job, model, optimizer, [batch], n, {"step": state.step, "split": 1}, config, parallel
+        )
         loss, norm = parallel.read(total, optimizer)
         parallel.step(optimizer, norm, 1.0)
         return loss / n
@@ -67,17 +81,31 @@ def transformers(args, device, dtype):
     from gpt_train import GPT, GPTConfig
 
     torch.manual_seed(0)
-    shape = GPTConfig.of_size(args.size, vocab_size=50257, block_size=args.context_length, dropout=0.0)
+    shape = GPTConfig.of_size(
+        args.size, vocab_size=50257, block_size=args.context_length, dropout=0.0
+    )
     weights = GPT(shape).named_parameters()
-    sizes = {"n_layer": shape.n_layer, "n_head": shape.n_head, "n_embd": shape.n_embd, "n_positions": args.context_length}
-    model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, use_cache=False, **sizes)).to(device)
+    sizes = {
+        "n_layer": shape.n_layer,
+        "n_head": shape.n_head,
+        "n_embd": shape.n_embd,
+        "n_positions": args.context_length,
+    }
+    model = GPT2LMHeadModel(
+        GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, use_cache=False, **sizes)
+    ).to(device)
     with torch.no_grad():
         for name, p in weights:  # the names are the same; its Conv1D holds weights transposed
             linear = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
             model.transformer.get_parameter(name).copy_(p.T if linear else p)
     model = model if args.eager else torch.compile(model)
-    groups = [[p for p in model.parameters() if p.ndim >= 2], [p for p in model.parameters() if p.ndim < 2]]
-    groups = [{"params": p, "weight_decay": decay} for p, decay in zip(groups, (0.1, 0.0), strict=True)]
+    groups = [
+        [p for p in model.parameters() if p.ndim >= 2],
+        [p for p in model.parameters() if p.ndim < 2],
+    ]
+    groups = [
+        {"params": p, "weight_decay": decay} for p, decay in zip(groups, (0.1, 0.0), strict=True)
+    ]
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
 
     def step(ids):
@@ -119,13 +147,15 @@ def work(args) -> None:
     import torch
 
     from gpt_train import pick_device
-    from parts.machine import choose_dtype
+    from parts.base.machine import choose_dtype
 
     device = pick_device("auto")
     step = globals()[args.side](args, device, choose_dtype(args.dtype, device)[0])
     generator = torch.Generator().manual_seed(1)
     for line in sys.stdin:
-        ids = torch.randint(50257, (args.batch_size, args.context_length + 1), generator=generator).to(device)
+        ids = torch.randint(
+            50257, (args.batch_size, args.context_length + 1), generator=generator
+        ).to(device)
         if line.strip() == "measure":
             forget_peak(device)
         started = time.perf_counter()
@@ -149,7 +179,16 @@ def main() -> None:
         return work(args)
     command = [sys.executable, *sys.argv]
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    sides = {s: subprocess.Popen([*command, "--side", s], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) for s in SIDES}
+    sides = {
+        s: subprocess.Popen(
+            [*command, "--side", s],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        for s in SIDES
+    }
     seen = {side: [] for side in SIDES}
     for i in range(args.steps + 3):
         for side, process in sides.items():

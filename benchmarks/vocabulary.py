@@ -20,8 +20,15 @@ def main() -> None:
     device, B, T = pick_device("auto"), CPU_DEFAULTS["batch_size"], CPU_DEFAULTS["context_length"]
     runs = {}
     for V in (50257, 4096):
-        model = GPT(GPTConfig.of_size(CPU_DEFAULTS["model_size"], vocab_size=V, block_size=T)).to(device)
-        runs[V] = (model, torch.optim.AdamW(model.parameters(), fused=device.type != "mps"), torch.randint(V, (B, T)), [])
+        model = GPT(GPTConfig.of_size(CPU_DEFAULTS["model_size"], vocab_size=V, block_size=T)).to(
+            device
+        )
+        runs[V] = (
+            model,
+            torch.optim.AdamW(model.parameters(), fused=device.type != "mps"),
+            torch.randint(V, (B, T)),
+            [],
+        )
     for _ in range(12):
         for model, optimizer, ids, seconds in runs.values():
             started = time.perf_counter()
@@ -33,8 +40,12 @@ def main() -> None:
             seconds.append(time.perf_counter() - started)
     medians = {V: statistics.median(seconds[2:]) for V, (*_, seconds) in runs.items()}
     for V, s in medians.items():
-        print(f"{V:>6} ids: {s * 1000:7.1f} ms per step of {B} x {T} tokens, {B * T / s:,.0f} tokens/s")
-    print(f"ratio {medians[50257] / medians[4096]:.1f} ({device}, {torch.get_num_threads()} threads, torch {torch.__version__})")
+        print(
+            f"{V:>6} ids: {s * 1000:7.1f} ms per step of {B} x {T} tokens, {B * T / s:,.0f} tokens/s"
+        )
+    print(
+        f"ratio {medians[50257] / medians[4096]:.1f} ({device}, {torch.get_num_threads()} threads, torch {torch.__version__})"
+    )
 
 
 if __name__ == "__main__":

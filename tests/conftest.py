@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-os.environ["OMP_NUM_THREADS"] = "1"  # of torch, here and in every process started from here: two tests run at a time
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # of torch, here and in every process started from here: two tests run at a time
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 # Real books, vocabularies and the fault harness; tests that need them skip by name where the folder is not beside us.
@@ -22,7 +24,9 @@ GPT2_CACHE = SHARED / "data/gpt2/tiktoken_cache"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--nightly", action="store_true", help="thirty faults of each kind instead of two")
+    parser.addoption(
+        "--nightly", action="store_true", help="thirty faults of each kind instead of two"
+    )
 
 
 def shared(path: str) -> Path:
@@ -32,7 +36,9 @@ def shared(path: str) -> Path:
     return SHARED / path
 
 
-def run(script: str, *arguments, cwd, timeout=120, env=None, fresh=False) -> subprocess.CompletedProcess:
+def run(
+    script: str, *arguments, cwd, timeout=120, env=None, fresh=False
+) -> subprocess.CompletedProcess:
     """
     Start a script of the project in the folder `cwd`, offline, one thread.
 
@@ -41,7 +47,15 @@ def run(script: str, *arguments, cwd, timeout=120, env=None, fresh=False) -> sub
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **(env or {})}
     if fresh or any(name.startswith(("PYTHON", "MALLOC")) for name in env or {}):
         command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+        return subprocess.run(
+            command,
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=environment,
+            check=False,
+        )
     return Warm(script, *arguments, cwd=cwd, environments=[environment]).wait(timeout)[0]
 
 
@@ -51,16 +65,29 @@ class Warm:
     server = None
 
     def __init__(self, script: str, *arguments, cwd, environments: list[dict]):
-        self.folder, self.command = tempfile.TemporaryDirectory(), [str(ROOT / script), *map(str, arguments)]
-        self.out, self.err = ([Path(self.folder.name, f"{kind}{n}") for n in range(len(environments))] for kind in ("out", "err"))
+        self.folder, self.command = (
+            tempfile.TemporaryDirectory(),
+            [str(ROOT / script), *map(str, arguments)],
+        )
+        self.out, self.err = (
+            [Path(self.folder.name, f"{kind}{n}") for n in range(len(environments))]
+            for kind in ("out", "err")
+        )
         for path in (*self.out, *self.err):
             path.touch()
-        request = {"script": self.command[0], "arguments": self.command[1:], "cwd": str(cwd), "env": environments}
+        request = {
+            "script": self.command[0],
+            "arguments": self.command[1:],
+            "cwd": str(cwd),
+            "env": environments,
+        }
         request |= {"out": list(map(str, self.out)), "err": list(map(str, self.err))}
         if Warm.server is None:
             environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCH_CPP_LOG_LEVEL": "ERROR"}
             line = [sys.executable, str(ROOT / "tests/warm.py")]
-            Warm.server = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+            Warm.server = subprocess.Popen(
+                line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            )
         print(json.dumps(request), file=Warm.server.stdin, flush=True)
         self.pids = json.loads(Warm.server.stdout.readline())
 
@@ -77,11 +104,16 @@ class Warm:
         codes = json.loads(Warm.server.stdout.readline())
         in_time = late.is_alive()
         late.cancel()
-        out, err = ([path.read_text(encoding="utf-8") for path in paths] for paths in (self.out, self.err))
+        out, err = (
+            [path.read_text(encoding="utf-8") for path in paths] for paths in (self.out, self.err)
+        )
         self.folder.cleanup()
         if not in_time:
             raise subprocess.TimeoutExpired(self.command, timeout, "".join(out), "".join(err))
-        return [subprocess.CompletedProcess(self.command, *result) for result in zip(codes, out, err, strict=True)]
+        return [
+            subprocess.CompletedProcess(self.command, *result)
+            for result in zip(codes, out, err, strict=True)
+        ]
 
 
 def ranks(script, *arguments, world: int, cwd) -> Warm:
@@ -90,10 +122,17 @@ def ranks(script, *arguments, world: int, cwd) -> Warm:
     if world > 1:
         with socket.socket() as free:
             free.bind(("localhost", 0))
-            group = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "localhost", "MASTER_PORT": free.getsockname()[1]}
+            group = {
+                "WORLD_SIZE": world,
+                "LOCAL_WORLD_SIZE": world,
+                "MASTER_ADDR": "localhost",
+                "MASTER_PORT": free.getsockname()[1],
+            }
         numbers = [{**group, "RANK": rank, "LOCAL_RANK": rank} for rank in range(world)]
     common = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environments = [{**common, **{name: str(value) for name, value in each.items()}} for each in numbers]
+    environments = [
+        {**common, **{name: str(value) for name, value in each.items()}} for each in numbers
+    ]
     return Warm(script, *arguments, cwd=cwd, environments=environments)
 
 
@@ -118,9 +157,23 @@ def texts(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("texts")
     words = "the old man and a small dog went down to the sea where ships of every kind lay still in the morning light".split()
     for n in range(3):
-        lines = [" ".join(words[(i * (n + 2) + j * 7) % len(words)] for j in range(9)) + f" {i}." for i in range(400)]
+        lines = [
+            " ".join(words[(i * (n + 2) + j * 7) % len(words)] for j in range(9)) + f" {i}."
+            for i in range(400)
+        ]
         (folder / f"text_{n}.txt").write_text("\n\n".join(lines), encoding="utf-8")
     return folder
 
 
-TINY = ("--model_size", "nano", "--context_length", "16", "--batch_size", "4", "--device", "cpu", "--tokenizer", "bytes")
+TINY = (
+    "--model_size",
+    "nano",
+    "--context_length",
+    "16",
+    "--batch_size",
+    "4",
+    "--device",
+    "cpu",
+    "--tokenizer",
+    "bytes",
+)

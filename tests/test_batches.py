@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from parts.batches import Prefetch, TrainBatches, shuffled, stir
+from parts.data.batches import Prefetch, TrainBatches, shuffled, stir
 
 
 class FakeShards:
@@ -30,7 +30,9 @@ class FakeShards:
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 1000, 4097])
 def test_every_epoch_is_a_permutation_of_its_own(n):
-    orders = [shuffled(np.arange(n), n, seed, epoch).tolist() for seed, epoch in ((1, 0), (1, 1), (2, 0))]
+    orders = [
+        shuffled(np.arange(n), n, seed, epoch).tolist() for seed, epoch in ((1, 0), (1, 1), (2, 0))
+    ]
     assert all(sorted(order) == list(range(n)) for order in orders)
     if n > 10:
         assert orders[0] != orders[1] != orders[2] != orders[0] and orders[0] != list(range(n))
@@ -98,7 +100,9 @@ def test_going_on_is_the_same_as_not_stopping():
 def test_the_place_at_step_a_million_is_found_at_once(tmp_path):
     class Long(FakeShards):
         def __init__(self):
-            self.tokens = [np.memmap(tmp_path / "x", np.uint16, "w+", shape=(100_000_000,))] * 1000  # a hundred billion tokens
+            self.tokens = [
+                np.memmap(tmp_path / "x", np.uint16, "w+", shape=(100_000_000,))
+            ] * 1000  # a hundred billion tokens
 
     def seconds(windows):
         started = time.perf_counter()
@@ -134,4 +138,10 @@ def test_prefetching_gives_the_same_and_raises_what_the_thread_raised():
     assert [state["windows"] for _, _, state in items[1::2]] == [4 * i for i in range(1, 11)]
     assert all(n == 16 for _, n, _ in items)
     with pytest.raises(ValueError, match="less than one row"):
-        next(iter(Prefetch(TrainBatches(FakeShards(3), T=8, seed=3, vocab_size=1000), torch.device("cpu"))))
+        next(
+            iter(
+                Prefetch(
+                    TrainBatches(FakeShards(3), T=8, seed=3, vocab_size=1000), torch.device("cpu")
+                )
+            )
+        )

@@ -20,7 +20,18 @@ def run(script, *flags) -> str:
 def test_train_step_computes_the_same_loss_on_both_sides():
     pytest.importorskip("transformers")
     out = run(
-        "train_step.py", "--size", "nano", "--batch_size", "1", "--context_length", "16", "--steps", "2", "--eager", "--dtype", "fp32"
+        "train_step.py",
+        "--size",
+        "nano",
+        "--batch_size",
+        "1",
+        "--context_length",
+        "16",
+        "--steps",
+        "2",
+        "--eager",
+        "--dtype",
+        "fp32",
     )
     losses = re.findall(r"first loss ([\d.]+)", out)
     assert len(losses) == 2 and abs(float(losses[0]) - float(losses[1])) < 2e-3
@@ -28,7 +39,10 @@ def test_train_step_computes_the_same_loss_on_both_sides():
 
 
 def test_checkpoint():
-    assert re.search(r"verified\ntorch.save: .* ratio [\d.]+\nevery 10 minutes: [\d.]+%", run("checkpoint.py", "--size", "nano"))
+    assert re.search(
+        r"verified\ntorch.save: .* ratio [\d.]+\nevery 10 minutes: [\d.]+%",
+        run("checkpoint.py", "--size", "nano"),
+    )
 
 
 @pytest.mark.parametrize("script", sorted(p.name for p in (ROOT / "benchmarks").glob("*.py")))

@@ -12,16 +12,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import TINY, one_error_line, run
-from test_objectives import Kernels
+from test_losses import Kernels
 
 import gpt_train
 import pretraining_advanced
 import pretraining_simple
-from parts import machine, writer
-from parts.batches import Prefetch
-from parts.machine import choose_dtype, pick_device
-from parts.optim import Optimizer
-from parts.parallel import Parallel
+from parts.base import machine
+from parts.base.machine import choose_dtype, pick_device
+from parts.data.batches import Prefetch
+from parts.storage import writer
+from parts.training.engine import Parallel
+from parts.training.optim import Optimizer
 
 CPU = torch.device("cpu")
 
@@ -78,10 +79,20 @@ class FakeCuda:
         return SimpleNamespace(item=lambda: 1.0, is_cuda=True, device=torch.device("cuda", index))
 
 
-PLAN = {"tokenizer": "bytes", "model_size": "nano", "context_length": 16, "batch_size": 4, "plan": True}
+PLAN = {
+    "tokenizer": "bytes",
+    "model_size": "nano",
+    "context_length": 16,
+    "batch_size": 4,
+    "plan": True,
+}
 SCRIPTS = {
-    "advanced": lambda device: pretraining_advanced.main(pretraining_advanced.TrainConfig(device=device, dtype="fp32", **PLAN)),
-    "simple": lambda device: pretraining_simple.main(pretraining_simple.SimpleConfig(device=device, **PLAN)),
+    "advanced": lambda device: pretraining_advanced.main(
+        pretraining_advanced.TrainConfig(device=device, dtype="fp32", **PLAN)
+    ),
+    "simple": lambda device: pretraining_simple.main(
+        pretraining_simple.SimpleConfig(device=device, **PLAN)
+    ),
 }
 
 
@@ -92,8 +103,12 @@ def test_every_use_of_a_gpu_names_its_index(monkeypatch, capsys, tmp_path, scrip
     with contextlib.chdir(tmp_path):
         assert SCRIPTS[script](device) == 0
     assert {found for _, found in cuda.asked} == {index}, cuda.asked
-    assert {"set_device", "mem_get_info"} <= {function for function, _ in cuda.asked} and cuda.current == index
-    assert f"Fake GPU {index}" in capsys.readouterr().out, "the memory reported is that of another GPU"
+    assert {"set_device", "mem_get_info"} <= {
+        function for function, _ in cuda.asked
+    } and cuda.current == index
+    assert f"Fake GPU {index}" in capsys.readouterr().out, (
+        "the memory reported is that of another GPU"
+    )
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
@@ -112,10 +127,18 @@ def test_under_torchrun_each_rank_has_its_own_gpu(monkeypatch, tmp_path, device)
 def test_sampling_and_scoring_take_the_gpu_that_was_named(monkeypatch, capsys):
     FakeCuda(monkeypatch)
     tokenizer = SimpleNamespace(name="bytes")
-    model = gpt_train.GPT(gpt_train.GPTConfig(vocab_size=5, block_size=4, n_layer=1, n_head=1, n_embd=4))
+    model = gpt_train.GPT(
+        gpt_train.GPTConfig(vocab_size=5, block_size=4, n_layer=1, n_head=1, n_embd=4)
+    )
     used = []
-    monkeypatch.setattr(gpt_train, "load_model", lambda path, device: used.append(device) or (model, tokenizer, {"step": 1}))
-    monkeypatch.setattr(gpt_train, "show_samples", lambda model, tokenizer, device, *_: used.append(device))
+    monkeypatch.setattr(
+        gpt_train,
+        "load_model",
+        lambda path, device: used.append(device) or (model, tokenizer, {"step": 1}),
+    )
+    monkeypatch.setattr(
+        gpt_train, "show_samples", lambda model, tokenizer, device, *_: used.append(device)
+    )
     gpt_train.main(gpt_train.SampleConfig(device="cuda:1"))
     assert used == [torch.device("cuda:1")] * 2 and "cuda:1" in capsys.readouterr().out
 
@@ -123,13 +146,31 @@ def test_sampling_and_scoring_take_the_gpu_that_was_named(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (AssertionError("Torch not compiled with CUDA enabled"), "is built without CUDA; install a CUDA build"),
-        (RuntimeError("The NVIDIA driver on your system is too old (found version 11040)."), "update the driver"),
+        (
+            AssertionError("Torch not compiled with CUDA enabled"),
+            "is built without CUDA; install a CUDA build",
+        ),
+        (
+            RuntimeError("The NVIDIA driver on your system is too old (found version 11040)."),
+            "update the driver",
+        ),
         (RuntimeError("Found no NVIDIA driver on your system."), "no NVIDIA driver was found"),
-        (RuntimeError("CUDA error: no kernel image is available for execution on the device"), "has no kernels for this GPU, only"),
-        (RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"), "another program has this GPU for itself"),
-        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), "the memory of the GPU is full"),
-        (RuntimeError("CUDA error: something new\nmore"), "'cuda' cannot be used here (CUDA error: something new more)"),
+        (
+            RuntimeError("CUDA error: no kernel image is available for execution on the device"),
+            "has no kernels for this GPU, only",
+        ),
+        (
+            RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"),
+            "another program has this GPU for itself",
+        ),
+        (
+            RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"),
+            "the memory of the GPU is full",
+        ),
+        (
+            RuntimeError("CUDA error: something new\nmore"),
+            "'cuda' cannot be used here (CUDA error: something new more)",
+        ),
     ],
 )
 def test_a_gpu_that_cannot_be_used_is_one_line_with_the_way_out(monkeypatch, error, told):
@@ -137,25 +178,42 @@ def test_a_gpu_that_cannot_be_used_is_one_line_with_the_way_out(monkeypatch, err
     with pytest.raises(ValueError) as e:
         pick_device("cuda")
     text = str(e.value)
-    assert text.startswith("--device cuda: ") and told in text and text.endswith(", or use --device cpu") and "\n" not in text
+    assert (
+        text.startswith("--device cuda: ")
+        and told in text
+        and text.endswith(", or use --device cpu")
+        and "\n" not in text
+    )
 
 
 def test_a_gpu_that_auto_cannot_use_is_told(monkeypatch, capsys):
     """Otherwise a month of training runs on the CPU, because a driver is old."""
-    FakeCuda(monkeypatch, first_use=RuntimeError("The NVIDIA driver on your system is too old (found version 11040)."))
+    FakeCuda(
+        monkeypatch,
+        first_use=RuntimeError(
+            "The NVIDIA driver on your system is too old (found version 11040)."
+        ),
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(os.path, "exists", lambda path: path == "/proc/driver/nvidia")
     assert pick_device("auto") == CPU
-    assert capsys.readouterr().err.startswith("warning: this run is on the CPU, not on the GPU: the NVIDIA driver is too old")
+    assert capsys.readouterr().err.startswith(
+        "warning: this run is on the CPU, not on the GPU: the NVIDIA driver is too old"
+    )
     assert pick_device("cpu") == CPU and capsys.readouterr().err == "", "as asked"
 
 
 def test_a_gpu_that_is_not_there_is_told_with_how_many_there_are(monkeypatch):
     FakeCuda(monkeypatch)
-    with pytest.raises(ValueError, match="--device cuda:7: there is no cuda:7, this machine has 2 GPUs; use cuda:0"):
+    with pytest.raises(
+        ValueError, match="--device cuda:7: there is no cuda:7, this machine has 2 GPUs; use cuda:0"
+    ):
         pick_device("cuda:7")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    with pytest.raises(ValueError, match="--device auto: there is no cuda:3, this machine has 2 GPUs; use --nproc_per_node 2"):
+    with pytest.raises(
+        ValueError,
+        match="--device auto: there is no cuda:3, this machine has 2 GPUs; use --nproc_per_node 2",
+    ):
         pick_device("auto")
 
 
@@ -181,8 +239,20 @@ def test_a_run_on_the_cpu_makes_no_cuda_context(monkeypatch, tmp_path):
     monkeypatch.setattr(writer, "SMALL", -1)  # checkpoints are copied, and written by the thread
     text = "\n".join(f"{n} bottles of beer on the wall" for n in range(3000))
     (tmp_path / "text.txt").write_text(text.replace("99", "\n<|endoftext|>\n"), encoding="utf-8")
-    settings = {"dataset_name": "text.txt", "tokenizer": "bytes", "model_size": "nano", "context_length": 16, "batch_size": 4}
-    settings |= {"max_steps": 4, "save_ckpt_freq": 2, "val_share": 0.3, "device": "cpu", "activation_checkpointing": True}
+    settings = {
+        "dataset_name": "text.txt",
+        "tokenizer": "bytes",
+        "model_size": "nano",
+        "context_length": 16,
+        "batch_size": 4,
+    }
+    settings |= {
+        "max_steps": 4,
+        "save_ckpt_freq": 2,
+        "val_share": 0.3,
+        "device": "cpu",
+        "activation_checkpointing": True,
+    }
     with contextlib.chdir(tmp_path):
         assert pretraining_advanced.main(pretraining_advanced.TrainConfig(**settings)) == 0
     assert len(list(tmp_path.glob("runs/advanced/checkpoints/*"))) == 2
@@ -191,14 +261,31 @@ def test_a_run_on_the_cpu_makes_no_cuda_context(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (dist.DistBackendError("NCCL error in: init.cpp:94, Duplicate GPU detected"), "NCCL cannot start on cuda:1 (NCCL error"),
-        (RuntimeError("Distributed package doesn't have NCCL built in"), "NCCL cannot start on cuda:1"),
-        (dist.DistNetworkError("The server socket has failed to listen"), "the processes do not find each other at here:1"),
-        (dist.DistStoreError("Timed out waiting for clients"), "the processes do not find each other at here:1"),
+        (
+            dist.DistBackendError("NCCL error in: init.cpp:94, Duplicate GPU detected"),
+            "NCCL cannot start on cuda:1 (NCCL error",
+        ),
+        (
+            RuntimeError("Distributed package doesn't have NCCL built in"),
+            "NCCL cannot start on cuda:1",
+        ),
+        (
+            dist.DistNetworkError("The server socket has failed to listen"),
+            "the processes do not find each other at here:1",
+        ),
+        (
+            dist.DistStoreError("Timed out waiting for clients"),
+            "the processes do not find each other at here:1",
+        ),
     ],
 )
 def test_errors_of_nccl_are_not_told_as_a_network_that_fails(monkeypatch, error, told):
-    for name, value in (("RANK", 0), ("WORLD_SIZE", 2), ("MASTER_ADDR", "here"), ("MASTER_PORT", 1)):
+    for name, value in (
+        ("RANK", 0),
+        ("WORLD_SIZE", 2),
+        ("MASTER_ADDR", "here"),
+        ("MASTER_PORT", 1),
+    ):
         monkeypatch.setenv(name, str(value))
 
     def fail(*_, **__):
@@ -224,19 +311,27 @@ def test_errors_of_nccl_are_not_told_as_a_network_that_fails(monkeypatch, error,
 )
 def test_every_out_of_memory_error_is_recognised(error):
     assert machine.out_of_memory(error)
-    assert not machine.out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert not machine.out_of_memory(
+        RuntimeError("CUDA error: an illegal memory access was encountered")
+    )
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_autocast_keeps_no_copy_of_the_weights(recomputed):
-    model = gpt_train.GPT(gpt_train.GPTConfig(vocab_size=64, block_size=8, n_layer=6, n_head=2, n_embd=128))
+    model = gpt_train.GPT(
+        gpt_train.GPTConfig(vocab_size=64, block_size=8, n_layer=6, n_head=2, n_embd=128)
+    )
     parallel, ids = Parallel("none", CPU, torch.bfloat16), torch.zeros(1, 8, dtype=torch.int64)
     model, _ = parallel.prepare(model, (gpt_train.Block,), lambda model: None, recomputed)
     one_block = 2 * 12 * 128 * 128  # bytes of its matrices in bf16
-    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    profiler = torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    )
     with torch.set_grad_enabled(recomputed), parallel.autocast(), profiler as profile:
         loss = model(ids, ids)
-    assert sum(event.self_cpu_memory_usage for event in profile.events()) < one_block, "of six blocks"
+    assert sum(event.self_cpu_memory_usage for event in profile.events()) < one_block, (
+        "of six blocks"
+    )
     assert torch.isfinite(loss)
 
 
@@ -244,14 +339,22 @@ def test_only_blocks_that_draw_random_numbers_save_the_random_state(monkeypatch)
     saved, get = [], torch.get_rng_state
     monkeypatch.setattr(torch, "get_rng_state", lambda: saved.append(1) or get())
     for dropout in (0.0, 0.1):
-        model = gpt_train.GPT(gpt_train.GPTConfig(vocab_size=64, block_size=8, n_layer=2, n_head=2, n_embd=8, dropout=dropout))
-        Parallel("none", CPU, torch.float32).prepare(model, (gpt_train.Block,), lambda model: None, True)
+        model = gpt_train.GPT(
+            gpt_train.GPTConfig(
+                vocab_size=64, block_size=8, n_layer=2, n_head=2, n_embd=8, dropout=dropout
+            )
+        )
+        Parallel("none", CPU, torch.float32).prepare(
+            model, (gpt_train.Block,), lambda model: None, True
+        )
         saved.clear()
         ids = torch.zeros(1, 8, dtype=torch.int64)
         model(ids, ids).backward()
         assert bool(saved) == bool(dropout)
     block = torch.nn.Linear(8, 8)  # of another model, which says nothing
-    Parallel("none", CPU, torch.float32).prepare(block, (torch.nn.Linear,), lambda model: None, True)
+    Parallel("none", CPU, torch.float32).prepare(
+        block, (torch.nn.Linear,), lambda model: None, True
+    )
     saved.clear()
     block(torch.ones(1, 8)).sum().backward()
     assert saved, "without a word from the block it is saved"
@@ -266,20 +369,30 @@ def test_ddp_leaves_a_compiled_block_whole(monkeypatch, tmp_path):
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_block(self, backend=backend, **options))
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda self, **options: compile_block(self, backend=backend, **options),
+    )
     torch._dynamo.reset()
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     parallel = Parallel("none", CPU, torch.float32)
     parallel.kind = "ddp"
-    model = gpt_train.GPT(gpt_train.GPTConfig(vocab_size=64, block_size=16, n_layer=1, n_head=2, n_embd=384))
+    model = gpt_train.GPT(
+        gpt_train.GPTConfig(vocab_size=64, block_size=16, n_layer=1, n_head=2, n_embd=384)
+    )
     ids = torch.zeros(1, 16, dtype=torch.int64)
     try:
         with torch._dynamo.config.patch(optimize_ddp=True):  # restored after the test
-            model, _ = parallel.prepare(model, (gpt_train.Block,), lambda model: None, compile_blocks=True)
+            model, _ = parallel.prepare(
+                model, (gpt_train.Block,), lambda model: None, compile_blocks=True
+            )
             model(ids, ids).backward()
         assert len(graphs) == 1
         weight = model.module.h[0].mlp.c_fc.weight
-        assert weight.grad.untyped_storage().nbytes() > weight.nbytes, "the gradient lies in the bucket, not beside it"
+        assert weight.grad.untyped_storage().nbytes() > weight.nbytes, (
+            "the gradient lies in the bucket, not beside it"
+        )
     finally:
         parallel.wrapped = model = None
         dist.destroy_process_group()
@@ -288,20 +401,28 @@ def test_ddp_leaves_a_compiled_block_whole(monkeypatch, tmp_path):
 
 def test_a_step_reads_the_device_once():
     """Each read waits until a GPU has done all its work; loss and norm are one."""
-    model = gpt_train.GPT(gpt_train.GPTConfig(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=8))
+    model = gpt_train.GPT(
+        gpt_train.GPTConfig(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=8)
+    )
     parallel = Parallel("none", CPU, torch.float32)
-    model, optimizer = parallel.prepare(model, (gpt_train.Block,), lambda model: Optimizer(model, (), "adamw", 0.1, CPU))
+    model, optimizer = parallel.prepare(
+        model, (gpt_train.Block,), lambda model: Optimizer(model, (), "adamw", 0.1, CPU)
+    )
     job = pretraining_advanced.Job(model, None, None, pretraining_advanced.gpt_loss, (), 0, {})
     ids, state = torch.zeros(2, 8, dtype=torch.int64), {"step": 0, "split": 1}
     config, expected = pretraining_advanced.TrainConfig(batch_size=2), None
     with Kernels() as operators:
-        total = pretraining_advanced.gradients(job, model, optimizer, [{"inputs": ids, "targets": ids}], 16, state, config, parallel)
+        total = pretraining_advanced.gradients(
+            job, model, optimizer, [{"inputs": ids, "targets": ids}], 16, state, config, parallel
+        )
         expected = total, torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
         operators.names.clear()
         loss, norm = parallel.read(total, optimizer)
         parallel.step(optimizer, norm, 1.0)
     assert (loss, norm) == tuple(t.item() for t in expected)
-    assert not [name for name in operators.names if "_local_scalar_dense" in name], "besides the list of the stacked two"
+    assert not [name for name in operators.names if "_local_scalar_dense" in name], (
+        "besides the list of the stacked two"
+    )
 
 
 @pytest.mark.parametrize(("device", "threads"), [("cuda:0", [4]), ("cpu", [])])

@@ -25,7 +25,7 @@ from gpt_train import (
     text_to_token_ids,
     token_ids_to_text,
 )
-from parts.tokenizers import byte_tokenizer
+from parts.data.tokenizers import byte_tokenizer
 
 TINY = GPTConfig(vocab_size=97, block_size=16, n_layer=2, n_head=2, n_embd=32)
 
@@ -40,13 +40,24 @@ def as_transformers(model: GPT):
     import transformers
 
     c = model.config
-    config = transformers.GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head)
+    config = transformers.GPT2Config(
+        vocab_size=c.vocab_size,
+        n_positions=c.block_size,
+        n_embd=c.n_embd,
+        n_layer=c.n_layer,
+        n_head=c.n_head,
+    )
     reference = transformers.GPT2LMHeadModel(config).eval()
     # transformers keeps its linear weights as (in, out)
     transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-    weights = {f"transformer.{k}": v.t() if k.endswith(transposed) else v for k, v in model.state_dict().items()}
+    weights = {
+        f"transformer.{k}": v.t() if k.endswith(transposed) else v
+        for k, v in model.state_dict().items()
+    }
     missing, unexpected = reference.load_state_dict(weights, strict=False)
-    assert not unexpected and all(name == "lm_head.weight" or name.endswith(".attn.bias") for name in missing)
+    assert not unexpected and all(
+        name == "lm_head.weight" or name.endswith(".attn.bias") for name in missing
+    )
     reference.tie_weights()
     return reference
 
@@ -55,13 +66,18 @@ def as_transformers(model: GPT):
 @torch.no_grad()
 def test_logits_equal_transformers(T):
     model = tiny_model(block_size=1024, n_layer=3, n_embd=96, n_head=3, vocab_size=1000)
-    for parameter in model.parameters():  # biases and norms away from 0 and 1, or half the model goes untested
+    for (
+        parameter
+    ) in model.parameters():  # biases and norms away from 0 and 1, or half the model goes untested
         parameter.add_(torch.randn_like(parameter) * 0.05)
     ids = torch.randint(1000, (3, T))
     assert (model(ids) - as_transformers(model)(ids).logits).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize(("size", "n"), [("124M", 124_439_808), ("355M", 354_823_168), ("774M", 774_030_080), ("1558M", 1_557_611_200)])
+@pytest.mark.parametrize(
+    ("size", "n"),
+    [("124M", 124_439_808), ("355M", 354_823_168), ("774M", 774_030_080), ("1558M", 1_557_611_200)],
+)
 def test_published_sizes_have_the_published_number_of_parameters(size, n):
     assert count_parameters(GPTConfig.of_size(size)) == n
 
@@ -76,7 +92,9 @@ def test_an_unknown_size_lists_the_sizes():
         GPTConfig.of_size("1600M")
 
 
-@pytest.mark.parametrize("wrong", [{"n_embd": 33}, {"n_layer": 0}, {"dropout": 1.0}, {"vocab_size": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"n_embd": 33}, {"n_layer": 0}, {"dropout": 1.0}, {"vocab_size": -1}]
+)
 def test_impossible_shapes_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         GPTConfig(**{**vars(TINY), **wrong})
@@ -85,19 +103,28 @@ def test_impossible_shapes_are_refused(wrong):
 def test_initialisation_is_gpt2s():
     model = tiny_model(n_layer=8, n_embd=256)
     assert model.wte.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert model.h[3].mlp.c_proj.weight.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.05)
+    assert model.h[3].mlp.c_proj.weight.std().item() == pytest.approx(
+        0.02 / math.sqrt(16), rel=0.05
+    )
     assert model.h[3].attn.c_attn.bias.abs().max() == 0
 
 
 def test_first_loss_is_that_of_guessing_evenly():
     model, ids = tiny_model(), torch.randint(97, (8, 16))
-    assert calc_loss_batch(ids, ids.roll(-1, 1), model, "cpu").item() == pytest.approx(math.log(97), abs=0.3)
+    assert calc_loss_batch(ids, ids.roll(-1, 1), model, "cpu").item() == pytest.approx(
+        math.log(97), abs=0.3
+    )
 
 
 def test_the_loss_is_the_fp32_sum_over_targets_that_are_not_ignored():
     model, ids, targets = tiny_model(), torch.randint(97, (2, 16)), torch.randint(97, (2, 16))
     targets[0, 3:] = -100
-    expected = sum(F.cross_entropy(model(ids)[b, t], targets[b, t]) for b in range(2) for t in range(16) if targets[b, t] != -100)
+    expected = sum(
+        F.cross_entropy(model(ids)[b, t], targets[b, t])
+        for b in range(2)
+        for t in range(16)
+        if targets[b, t] != -100
+    )
     loss = model(ids, targets)
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
@@ -116,13 +143,18 @@ def test_text_longer_than_the_context_is_refused():
 def test_evaluation_weighs_tokens_not_batches():
     """A ragged last batch counts by its tokens: the mean of means would differ."""
     model, tokens = tiny_model(dropout=0.5).train(), torch.randint(97, (1, 41))
-    inputs, targets = F.pad(tokens[:, :-1], (0, 8)).view(-1, 16), F.pad(tokens[:, 1:], (0, 8), value=-100).view(-1, 16)
+    inputs, targets = (
+        F.pad(tokens[:, :-1], (0, 8)).view(-1, 16),
+        F.pad(tokens[:, 1:], (0, 8), value=-100).view(-1, 16),
+    )
     ragged = [(inputs[:2], targets[:2]), (inputs[2:], targets[2:])]
     whole = evaluate_model(model, [(inputs, targets)], "cpu")
     assert evaluate_model(model, ragged, "cpu")["loss"] == pytest.approx(whole["loss"], rel=1e-6)
     assert whole["tokens"] == 40 and model.training
     model.eval()
-    assert whole["loss"] == pytest.approx(model(inputs, targets).item() / 40, rel=1e-6)  # dropout was off
+    assert whole["loss"] == pytest.approx(
+        model(inputs, targets).item() / 40, rel=1e-6
+    )  # dropout was off
 
 
 def test_bits_per_byte_of_an_even_guess_over_bytes_is_eight():
@@ -132,21 +164,30 @@ def test_bits_per_byte_of_an_even_guess_over_bytes_is_eight():
 
     tokenizer = byte_tokenizer()
     ids = text_to_token_ids("any text, also żółć", tokenizer)
-    assert evaluate_model(Even(), [(ids, ids)], "cpu", tokenizer.token_bytes())["bits_per_byte"] == pytest.approx(8)
+    assert evaluate_model(Even(), [(ids, ids)], "cpu", tokenizer.token_bytes())[
+        "bits_per_byte"
+    ] == pytest.approx(8)
 
 
 # --------------------------------------------------------------------------------------------------- generation
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.0}, {"top_k": 5}, {"top_p": 0.7, "temperature": 1.3}])
-@pytest.mark.parametrize("prompt", [[[1]], [[1, 2, 3]], [[5, 6], [7, 8]], [list(range(20)), list(range(20, 40))]])
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 0}, {"temperature": 1.0}, {"top_k": 5}, {"top_p": 0.7, "temperature": 1.3}],
+)
+@pytest.mark.parametrize(
+    "prompt", [[[1]], [[1, 2, 3]], [[5, 6], [7, 8]], [list(range(20)), list(range(20, 40))]]
+)
 def test_cached_generation_equals_uncached_also_past_the_context(prompt, options):
     model, ids = tiny_model(), torch.tensor(prompt)
     for parameter in model.parameters():
         parameter.data.mul_(3)  # far from even, so that a wrong cache would be seen
     cached = generate(model, ids, 40, seed=1, **options)
     assert torch.equal(cached, generate(model, ids, 40, seed=1, use_cache=False, **options))
-    assert cached.shape == (len(prompt), len(prompt[0]) + 40) and torch.equal(cached[:, : ids.shape[1]], ids)
+    assert cached.shape == (len(prompt), len(prompt[0]) + 40) and torch.equal(
+        cached[:, : ids.shape[1]], ids
+    )
 
 
 def test_several_new_tokens_read_the_cache_as_one_pass_would():
@@ -176,14 +217,18 @@ def test_sampling_follows_the_distribution_of_the_options():
             return torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(len(ids), 1, 4)
 
     def shares(**options):
-        ids = generate(Fixed(), torch.zeros(20_000, 1, dtype=torch.long), 1, seed=0, use_cache=False, **options)
+        ids = generate(
+            Fixed(), torch.zeros(20_000, 1, dtype=torch.long), 1, seed=0, use_cache=False, **options
+        )
         return (torch.bincount(ids[:, 1], minlength=4) / 20_000).tolist()
 
     assert shares() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.02)
     assert shares(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.02)
     assert shares(top_p=0.79) == pytest.approx([0.625, 0.375, 0, 0], abs=0.02)
     assert shares(top_p=0.01) == [1, 0, 0, 0]
-    assert shares(temperature=0.5) == pytest.approx([x / 0.365 for x in (0.25, 0.09, 0.0225, 0.0025)], abs=0.02)
+    assert shares(temperature=0.5) == pytest.approx(
+        [x / 0.365 for x in (0.25, 0.09, 0.0225, 0.0025)], abs=0.02
+    )
 
 
 def test_a_row_that_stopped_stays_stopped_while_others_go_on():
@@ -192,7 +237,13 @@ def test_a_row_that_stopped_stays_stopped_while_others_go_on():
     for row in ids.tolist():
         if 7 in row:
             assert set(row[row.index(7) :]) == {7}
-    assert generate(model, torch.tensor([[1]]), 200, temperature=0, stop_token=int(model(torch.tensor([[1]])).argmax())).shape == (1, 2)
+    assert generate(
+        model,
+        torch.tensor([[1]]),
+        200,
+        temperature=0,
+        stop_token=int(model(torch.tensor([[1]])).argmax()),
+    ).shape == (1, 2)
 
 
 def test_ids_that_the_tokenizer_lacks_are_never_sampled():
@@ -201,22 +252,33 @@ def test_ids_that_the_tokenizer_lacks_are_never_sampled():
 
 
 def test_a_stream_gives_the_text_of_the_whole_and_never_half_a_character():
-    tokenizer, model = byte_tokenizer(), GPT(dataclasses.replace(TINY, vocab_size=257, block_size=40))
+    tokenizer, model = (
+        byte_tokenizer(),
+        GPT(dataclasses.replace(TINY, vocab_size=257, block_size=40)),
+    )
     with torch.no_grad():
-        model.wte.weight[:] = torch.randn(257, TINY.n_embd, generator=torch.Generator().manual_seed(3))
+        model.wte.weight[:] = torch.randn(
+            257, TINY.n_embd, generator=torch.Generator().manual_seed(3)
+        )
         model.wte.weight[256] = 0  # end-of-text is never the likeliest
     whole = continuations(model, tokenizer, "cpu", "za\u017c", 1, 60, seed=4, temperature=2.0)[0]
     pieces = list(streamed(model, tokenizer, "cpu", "za\u017c", 60, seed=4, temperature=2.0))
     assert "".join(pieces) == whole and len(pieces) > 20
     decoder = iter(["\u20ac".encode()[i : i + 1] for i in range(3)])
     tokenizer.decode_bytes = lambda ids: next(decoder)
-    assert [piece for piece in streamed(model, tokenizer, "cpu", "", 3, temperature=0) if piece] == ["\u20ac"]
+    assert [
+        piece for piece in streamed(model, tokenizer, "cpu", "", 3, temperature=0) if piece
+    ] == ["\u20ac"]
 
 
 def test_a_head_of_its_own_is_used_trained_and_counted():
     config = dataclasses.replace(TINY, tied=False)
     model, ids = GPT(config), torch.randint(TINY.vocab_size, (2, 5))
-    assert sum(p.numel() for p in model.parameters()) == count_parameters(config) == count_parameters(TINY) + TINY.vocab_size * TINY.n_embd
+    assert (
+        sum(p.numel() for p in model.parameters())
+        == count_parameters(config)
+        == count_parameters(TINY) + TINY.vocab_size * TINY.n_embd
+    )
     assert flops_per_token(config) == flops_per_token(TINY)
     before = model(ids)
     model(ids, ids).backward()
@@ -227,7 +289,9 @@ def test_a_head_of_its_own_is_used_trained_and_counted():
     assert torch.allclose(model(ids, last=True), model(ids)[:, -1:], atol=1e-6)
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_k": 0}, {"top_k": 98}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1}, {"top_k": 0}, {"top_k": 98}, {"top_p": 0.0}, {"top_p": 1.5}]
+)
 def test_options_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         generate(tiny_model(), torch.tensor([[1]]), 1, **wrong)
@@ -248,14 +312,23 @@ def test_text_to_ids_and_back():
 
 def test_flops_are_six_per_matrix_weight_and_attention():
     c = TINY
-    matrices = c.vocab_size * c.n_embd + c.n_layer * (12 * c.n_embd**2 + 13 * c.n_embd) + 2 * c.n_embd
+    matrices = (
+        c.vocab_size * c.n_embd + c.n_layer * (12 * c.n_embd**2 + 13 * c.n_embd) + 2 * c.n_embd
+    )
     assert flops_per_token(c) == 6 * matrices + 12 * c.n_layer * c.n_embd * c.block_size
 
 
 @pytest.mark.parametrize("suffix", ["png", "pdf"])
 def test_plots_are_written_without_a_display_or_not_at_all(tmp_path, suffix, monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
-    path = plot_losses([0, 1, 2], [0, 10, 20], [None, 3.0, 2.5], [4.0, None, 2.8], tmp_path / f"loss.{suffix}", uniform_loss=4.2)
+    path = plot_losses(
+        [0, 1, 2],
+        [0, 10, 20],
+        [None, 3.0, 2.5],
+        [4.0, None, 2.8],
+        tmp_path / f"loss.{suffix}",
+        uniform_loss=4.2,
+    )
     assert path.read_bytes()[:4] in (b"\x89PNG", b"%PDF")
     plot_losses([0], [0], [None], [None], tmp_path / f"empty.{suffix}")
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"empty.{suffix}", f"loss.{suffix}"]

@@ -15,9 +15,9 @@ import torch
 from conftest import ROOT, ranks
 
 import pretraining_advanced
-from parts.batches import TrainBatches
-from parts.checkpoint import load_checkpoint, load_tensors, newest_checkpoint
-from parts.guard import Guard
+from parts.data.batches import TrainBatches
+from parts.storage.checkpoint import load_checkpoint, load_tensors, newest_checkpoint
+from parts.training.guard import Guard
 from pretraining_advanced import TrainConfig
 from wt_load import weights_hash
 
@@ -34,7 +34,9 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("guard")
     (folder / "data").mkdir()
     texts = [f"{n}. " + " ".join(str((n * 7 + i * i) % 97) for i in range(60)) for n in range(400)]
-    (folder / "data/train.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+    (folder / "data/train.jsonl").write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8"
+    )
     return folder
 
 
@@ -70,7 +72,12 @@ def spoil(bad, value=math.nan):
 
 
 def records(home, name) -> list[dict]:
-    found = [json.loads(line) for line in (home / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    found = [
+        json.loads(line)
+        for line in (home / "runs" / name / "metrics.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    ]
     assert [r["step"] for r in found] == list(range(len(found)))
     return found
 
@@ -78,8 +85,16 @@ def records(home, name) -> list[dict]:
 def bits(home, name) -> tuple:
     folder = newest_checkpoint(home / "runs" / name)
     weights, state = load_checkpoint(folder)
-    losses = [[r.get(k) for k in ("train_loss", "lr", "grad_norm", "val_loss")] for r in records(home, name)]
-    return weights_hash(weights), weights_hash(load_tensors(folder / "optimizer.safetensors")), state["data_cursor"], losses
+    losses = [
+        [r.get(k) for k in ("train_loss", "lr", "grad_norm", "val_loss")]
+        for r in records(home, name)
+    ]
+    return (
+        weights_hash(weights),
+        weights_hash(load_tensors(folder / "optimizer.safetensors")),
+        state["data_cursor"],
+        losses,
+    )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -108,9 +123,18 @@ def test_a_gradient_that_is_not_finite_is_applied_nowhere(home, monkeypatch):
         def backward(ctx, grad):
             return grad * math.nan
 
-    assert train(home, monkeypatch, "gradient", lambda w, loss: Spoiled.apply(loss) if 41 in w else loss) == 0
+    assert (
+        train(
+            home, monkeypatch, "gradient", lambda w, loss: Spoiled.apply(loss) if 41 in w else loss
+        )
+        == 0
+    )
     found = records(home, "gradient")
-    assert found[11]["left_out"] == "the gradient is nan" and found[11]["grad_norm"] is None and found[11]["train_loss"] > 0
+    assert (
+        found[11]["left_out"] == "the gradient is nan"
+        and found[11]["grad_norm"] is None
+        and found[11]["train_loss"] > 0
+    )
 
 
 def test_a_bad_stretch_sends_the_run_back_and_past_it(home, monkeypatch, capsys):
@@ -140,7 +164,10 @@ def test_a_run_that_was_stopped_in_a_bad_stretch_ends_with_the_same_bits(home, m
 
 
 def test_a_second_bad_stretch_at_the_same_place_ends_the_run(home, monkeypatch):
-    with pytest.raises(RuntimeError, match="3 bad steps in a row.*once more since step 10; go on from there with a lower --max_lr"):
+    with pytest.raises(
+        RuntimeError,
+        match="3 bad steps in a row.*once more since step 10; go on from there with a lower --max_lr",
+    ):
         train(home, monkeypatch, "again", spoil(range(48, 400)))
     assert newest_checkpoint(home / "runs/again").name == "step_000010"
 
@@ -149,8 +176,8 @@ ON_ONE_RANK = """
 import dataclasses, math, os, sys
 sys.path.insert(0, {root!r})
 import pretraining_advanced as advanced
-from parts.config import parse
-from parts.launch import run_script
+from parts.cli.config import parse
+from parts.cli.launch import run_script
 
 def gpt_job(config, building, make_job=advanced.gpt_job):
     job = make_job(config, building)
@@ -174,7 +201,9 @@ def test_what_is_bad_on_one_rank_is_left_out_on_all(home):
     settings = {**SETTINGS, "batch_size": 2, "run_name": "one_rank"}
     flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     results = ranks(script, *flags, world=2, cwd=home).wait(120)
-    assert [r.returncode for r in results] == [0, 0], results[0].stderr[-2000:] + results[1].stderr[-2000:]
+    assert [r.returncode for r in results] == [0, 0], (
+        results[0].stderr[-2000:] + results[1].stderr[-2000:]
+    )
     assert "back to step 10, without windows 48 to 59" in results[0].stdout
     assert records(home, "one_rank")[20]["val_loss"] < 5
 
@@ -209,11 +238,22 @@ def test_too_little_memory_halves_the_micro_batches_and_stays_exact(home, monkey
             raise torch.OutOfMemoryError("CUDA out of memory")
         return loss
 
-    assert train(home, monkeypatch, "by_one", batch_size=1, grad_accum_steps=4, schedule="constant") == 0
+    assert (
+        train(home, monkeypatch, "by_one", batch_size=1, grad_accum_steps=4, schedule="constant")
+        == 0
+    )
     assert train(home, monkeypatch, "memory", small_memory, max_steps=10, schedule="constant") == 0
     out = capsys.readouterr().out
-    assert "out of memory with micro-batches of 4 rows; each in 2 parts" in out and "of 2 rows; each in 4 parts" in out
-    assert train(home, monkeypatch, "memory", small_memory, schedule="constant", allow_change="max_steps") == 0
+    assert (
+        "out of memory with micro-batches of 4 rows; each in 2 parts" in out
+        and "of 2 rows; each in 4 parts" in out
+    )
+    assert (
+        train(
+            home, monkeypatch, "memory", small_memory, schedule="constant", allow_change="max_steps"
+        )
+        == 0
+    )
     assert "out of memory" not in capsys.readouterr().out, "the checkpoint keeps it"
     mine, theirs = bits(home, "memory"), bits(home, "by_one")
     assert mine[:3] == theirs[:3]
@@ -242,27 +282,51 @@ sys.exit(advanced.main(config))
 def test_too_little_memory_on_one_of_two_ranks(home, parallel):
     (home / "small.py").write_text(SMALL_RANK_1, encoding="utf-8")
     if parallel == "fsdp":  # torchrun ends the rank that waits for the other
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", home / "small.py"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            home / "small.py",
+        ]
         line, env = [*command, "2", "fsdp-2", "fsdp"], {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(line, cwd=home, env=env, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 1 and "out of memory with micro-batches of 4 rows; the same run goes on with" in done.stderr
+        assert (
+            done.returncode == 1
+            and "out of memory with micro-batches of 4 rows; the same run goes on with"
+            in done.stderr
+        )
         return
-    first, then = (ranks(home / "small.py", rows, f"ddp-{rows}", "ddp", world=2, cwd=home).wait(120) for rows in (2, 4))
+    first, then = (
+        ranks(home / "small.py", rows, f"ddp-{rows}", "ddp", world=2, cwd=home).wait(120)
+        for rows in (2, 4)
+    )
     assert [r.returncode for r in (*first, *then)] == [0] * 4, first[0].stderr + first[1].stderr
-    assert "rank 1, step 1: out of memory with micro-batches of 4 rows; each in 2 parts" in first[1].stdout
+    assert (
+        "rank 1, step 1: out of memory with micro-batches of 4 rows; each in 2 parts"
+        in first[1].stdout
+    )
     assert "out of memory" not in first[0].stdout and first[1].stdout.count("out of memory") == 1, (
         "rank 0 splits too, from the next step on"
     )
-    losses = [[r.get("train_loss") for r in records(home, f"{parallel}-{rows}")[1:]] for rows in (2, 4)]
+    losses = [
+        [r.get("train_loss") for r in records(home, f"{parallel}-{rows}")[1:]] for rows in (2, 4)
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 6
     assert load_checkpoint(newest_checkpoint(home / "runs" / f"{parallel}-2"))[1]["split"] == 2
 
 
 def test_one_row_that_does_not_fit_ends_the_run(home, monkeypatch):
     def no_memory(windows, loss):
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
+        )
 
-    with pytest.raises(RuntimeError, match="step 1: out of memory with micro-batches of 1 rows.*smaller model"):
+    with pytest.raises(
+        RuntimeError, match="step 1: out of memory with micro-batches of 1 rows.*smaller model"
+    ):
         train(home, monkeypatch, "nothing", no_memory)
 
 

@@ -23,9 +23,9 @@ from test_tf_bundle import save as save_tensorflow
 import gpt_train
 import wt_load as W
 from gpt_train import GPT, GPTConfig, SampleConfig
-from parts.checkpoint import load_tensors, save_checkpoint
-from parts.launch import BAD_INPUT, error_line
-from parts.tokenizers import byte_tokenizer
+from parts.cli.launch import BAD_INPUT, error_line
+from parts.data.tokenizers import byte_tokenizer
+from parts.storage.checkpoint import load_tensors, save_checkpoint
 
 SHAPE = GPTConfig(vocab_size=257, block_size=32, n_layer=2, n_head=2, n_embd=32)
 MOST_CHARS, MOST_SECONDS, MOST_BYTES = 1000, 30, 500 << 20
@@ -46,17 +46,30 @@ def small_model(**changes) -> GPT:
 def scratch_weights(model) -> dict:
     """The same model by the names of LLMs-from-scratch."""
     t, C = model.state_dict(), SHAPE.n_embd
-    names = {"tok_emb.weight": "wte.weight", "pos_emb.weight": "wpe.weight", "out_head.weight": "wte.weight"}
+    names = {
+        "tok_emb.weight": "wte.weight",
+        "pos_emb.weight": "wpe.weight",
+        "out_head.weight": "wte.weight",
+    }
     names |= {"final_norm.scale": "ln_f.weight", "final_norm.shift": "ln_f.bias"}
     found = {}
     for i in range(SHAPE.n_layer):
         for theirs, ours in (("norm1", "ln_1"), ("norm2", "ln_2")):
-            names |= {f"trf_blocks.{i}.{theirs}.scale": f"h.{i}.{ours}.weight", f"trf_blocks.{i}.{theirs}.shift": f"h.{i}.{ours}.bias"}
+            names |= {
+                f"trf_blocks.{i}.{theirs}.scale": f"h.{i}.{ours}.weight",
+                f"trf_blocks.{i}.{theirs}.shift": f"h.{i}.{ours}.bias",
+            }
         for kind in ("weight", "bias"):
-            for theirs, ours in (("att.out_proj", "attn.c_proj"), ("ff.layers.0", "mlp.c_fc"), ("ff.layers.2", "mlp.c_proj")):
+            for theirs, ours in (
+                ("att.out_proj", "attn.c_proj"),
+                ("ff.layers.0", "mlp.c_fc"),
+                ("ff.layers.2", "mlp.c_proj"),
+            ):
                 names[f"trf_blocks.{i}.{theirs}.{kind}"] = f"h.{i}.{ours}.{kind}"
             for n, letter in enumerate(("query", "key", "value")):
-                found[f"trf_blocks.{i}.att.W_{letter}.{kind}"] = t[f"h.{i}.attn.c_attn.{kind}"][n * C : (n + 1) * C].clone()
+                found[f"trf_blocks.{i}.att.W_{letter}.{kind}"] = t[f"h.{i}.attn.c_attn.{kind}"][
+                    n * C : (n + 1) * C
+                ].clone()
         found[f"trf_blocks.{i}.att.mask"] = torch.ones(SHAPE.block_size, SHAPE.block_size).triu(1)
     return found | {theirs: t[ours].clone() for theirs, ours in names.items()}
 
@@ -65,10 +78,23 @@ def scratch_weights(model) -> dict:
 def home(tmp_path_factory):
     """One small model in every format: run, hf (one file), parts (and an index), bin, nano.pt, scratch.pth, tf; and its hash."""
     folder, model, tokenizer = tmp_path_factory.mktemp("hostile"), small_model(), byte_tokenizer()
-    state = {"script": "wt_load.py", "step": 3, "tokens": 7, "model_config": asdict(SHAPE), "tokenizer": tokenizer.fingerprint}
+    state = {
+        "script": "wt_load.py",
+        "step": 3,
+        "tokens": 7,
+        "model_config": asdict(SHAPE),
+        "tokenizer": tokenizer.fingerprint,
+    }
     files = {"tokenizer.json": tokenizer.to_json()}
     run_dir = folder / "run"
-    save_checkpoint(run_dir, 3, {"model.safetensors": model.state_dict()}, state | {"best": None, "config": {}}, files, 1)
+    save_checkpoint(
+        run_dir,
+        3,
+        {"model.safetensors": model.state_dict()},
+        state | {"best": None, "config": {}},
+        files,
+        1,
+    )
     (folder / "bytes.json").write_bytes(tokenizer.to_json())
     with contextlib.redirect_stdout(io.StringIO()):
         for to in (("hf", "hf"), ("nanogpt", "nano.pt")):
@@ -80,15 +106,21 @@ def home(tmp_path_factory):
     torch.save(tensors, folder / "bin/pytorch_model.bin")
     names = sorted(tensors)
     for n, some in enumerate((names[:9], names[9:])):
-        save_file({name: tensors[name].contiguous() for name in some}, folder / f"parts/model-{n}.safetensors")
-    index = {"weight_map": {name: f"model-{int(i >= 9)}.safetensors" for i, name in enumerate(names)}}
+        save_file(
+            {name: tensors[name].contiguous() for name in some},
+            folder / f"parts/model-{n}.safetensors",
+        )
+    index = {
+        "weight_map": {name: f"model-{int(i >= 9)}.safetensors" for i, name in enumerate(names)}
+    }
     (folder / "parts/model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     torch.save(scratch_weights(model), folder / "scratch.pth")
     (folder / "tf").mkdir()
     save_tensorflow(folder / "tf/model.ckpt", openai_weights(model))
     (folder / "tf/checkpoint").write_text('model_checkpoint_path: "model.ckpt"\n', encoding="utf-8")
     (folder / "tf/hparams.json").write_text(
-        json.dumps({"n_vocab": 257, "n_ctx": 32, "n_embd": 32, "n_head": 2, "n_layer": 2}), encoding="utf-8"
+        json.dumps({"n_vocab": 257, "n_ctx": 32, "n_embd": 32, "n_head": 2, "n_layer": 2}),
+        encoding="utf-8",
     )
     (folder / "tf/tokenizer.json").write_bytes(tokenizer.to_json())
     (folder / "hash").write_text(W.weights_hash(model.state_dict()), encoding="utf-8")
@@ -106,9 +138,11 @@ def openai_weights(model) -> dict:
             else name.replace("ln_1.weight", "ln_1.g").replace("ln_2.weight", "ln_2.g")
         )
         name = name.replace("ln_f.weight", "ln_f.g").replace(".bias", ".b").replace(".weight", ".w")
-        found["model/" + name.replace("h.", "h", 1).replace(".", "/") if name.startswith("h.") else "model/" + name.replace(".", "/")] = (
-            t.contiguous()
-        )
+        found[
+            "model/" + name.replace("h.", "h", 1).replace(".", "/")
+            if name.startswith("h.")
+            else "model/" + name.replace(".", "/")
+        ] = t.contiguous()
     return found
 
 
@@ -138,7 +172,12 @@ def act(action: str, path, out: Path, n_head=None) -> str:
     configs = {
         "info": W.InfoConfig(str(path), n_head, tensors=True),
         "verify": W.VerifyConfig(str(path), n_head),
-        "import": W.ImportConfig(str(path), str(out), None if (Path(path) / "checkpoints").is_dir() else tokenizer, n_head),
+        "import": W.ImportConfig(
+            str(path),
+            str(out),
+            None if (Path(path) / "checkpoints").is_dir() else tokenizer,
+            n_head,
+        ),
         "sample": SampleConfig(str(path), max_new_tokens=3, device="cpu"),
     }
     printed = io.StringIO()
@@ -226,12 +265,19 @@ def twisted(path):
 DAMAGES = {
     **{f"flip at {at}": changed(at, flip) for at in (0, 0.01, 0.3, 0.6, 1)},
     **{f"zeros at {at}": changed(at, zeros) for at in (0, 0.5, 0.9)},
-    **{f"cut at {at}": changed(at, lambda data, i: data.__delitem__(slice(i, None))) for at in (0, 0.001, 0.5, 1)},
+    **{
+        f"cut at {at}": changed(at, lambda data, i: data.__delitem__(slice(i, None)))
+        for at in (0, 0.001, 0.5, 1)
+    },
     "longer": lambda path: path.write_bytes(path.read_bytes() + b"\x01\x02\x03"),
     "halves swapped": twisted,
     "random": lambda path: path.write_bytes(random.Random(0).randbytes(5000)),
-    "a page": lambda path: path.write_bytes(b"<!DOCTYPE html><html><body>Quota exceeded</body></html>\n"),
-    "length first": changed(0, lambda data, _: data.__setitem__(slice(0, 8), (2**63 - 1).to_bytes(8, "little"))),
+    "a page": lambda path: path.write_bytes(
+        b"<!DOCTYPE html><html><body>Quota exceeded</body></html>\n"
+    ),
+    "length first": changed(
+        0, lambda data, _: data.__setitem__(slice(0, 8), (2**63 - 1).to_bytes(8, "little"))
+    ),
     "gone": os.unlink,
     "folder": instead(os.mkdir),
     "pipe": instead(os.mkfifo),
@@ -257,12 +303,19 @@ def test_a_damaged_manifest_is_refused_or_changes_nothing(home, tmp_path, damage
 
 
 @pytest.mark.parametrize(
-    "damage", [d for d in DAMAGES if d not in ("flip at 0.3", "flip at 0.6", "flip at 1", "zeros at 0.5", "zeros at 0.9")]
+    "damage",
+    [
+        d
+        for d in DAMAGES
+        if d not in ("flip at 0.3", "flip at 0.6", "flip at 1", "zeros at 0.5", "zeros at 0.9")
+    ],
 )
 @pytest.mark.parametrize("name", ["model.safetensors", "model-0.safetensors"])
 def test_a_damaged_safetensors_file_of_others_is_refused(home, tmp_path, name, damage):
     """It has no hash: bits flipped in its values, which the list above leaves out, cannot be noticed by anyone."""
-    folder = shutil.copytree(home / ("hf" if name == "model.safetensors" else "parts"), tmp_path / "hf")
+    folder = shutil.copytree(
+        home / ("hf" if name == "model.safetensors" else "parts"), tmp_path / "hf"
+    )
     DAMAGES[damage](folder / name)
     refused(folder, tmp_path, named=folder)
 
@@ -277,14 +330,20 @@ def test_a_damaged_torch_file_is_refused_or_read_as_it_was(home, tmp_path, name,
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", ["model.ckpt.index", "model.ckpt.data-00000-of-00001", "checkpoint", "hparams.json"])
+@pytest.mark.parametrize(
+    "name", ["model.ckpt.index", "model.ckpt.data-00000-of-00001", "checkpoint", "hparams.json"]
+)
 def test_a_damaged_tensorflow_file_is_refused_or_changes_nothing(home, tmp_path, name, damage):
     folder = shutil.copytree(home / "tf", tmp_path / "tf")
     DAMAGES[damage](folder / name)
     if "data" in name:
         act("info", folder, tmp_path / "out")  # reads the index only
         (refused if damage != "longer" else same_bits)(
-            folder, tmp_path, *([] if damage != "longer" else [home]), actions=("verify", "import"), n_head=2
+            folder,
+            tmp_path,
+            *([] if damage != "longer" else [home]),
+            actions=("verify", "import"),
+            n_head=2,
         )
     else:
         either(folder, tmp_path, home, n_head=2)
@@ -307,7 +366,9 @@ def remanifest(folder: Path) -> None:
         for f in folder.iterdir()
         if f.name != "MANIFEST.json"
     }
-    (folder / "MANIFEST.json").write_text(json.dumps({"version": 1, "files": files}), encoding="utf-8")
+    (folder / "MANIFEST.json").write_text(
+        json.dumps({"version": 1, "files": files}), encoding="utf-8"
+    )
 
 
 @pytest.fixture
@@ -345,7 +406,9 @@ def test_a_manifest_that_leaves_out_the_weights_is_refused(ours, tmp_path):
 @pytest.mark.parametrize("name", ["/dev/zero", "pipe"])
 def test_a_listed_file_that_never_ends_is_not_read(ours, tmp_path, name):
     (ours / "extra").symlink_to(name) if name != "pipe" else os.mkfifo(ours / "extra")
-    files = json.loads((ours / "MANIFEST.json").read_text(encoding="utf-8"))["files"] | {"extra": {"bytes": 0, "sha256": ""}}
+    files = json.loads((ours / "MANIFEST.json").read_text(encoding="utf-8"))["files"] | {
+        "extra": {"bytes": 0, "sha256": ""}
+    }
     (ours / "MANIFEST.json").write_text(json.dumps({"files": files}), encoding="utf-8")
     refused(ours, tmp_path, ALL, named=ours / "extra")
 
@@ -375,7 +438,9 @@ STATES = {
 def test_a_state_that_lies_is_refused_before_anything_is_built(ours, tmp_path, case):
     state = json.loads((ours / "trainer_state.json").read_text(encoding="utf-8"))
     for name, value in STATES[case].items():
-        state[name] = state[name] | value if name == "model_config" and isinstance(value, dict) else value
+        state[name] = (
+            state[name] | value if name == "model_config" and isinstance(value, dict) else value
+        )
     (ours / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
     remanifest(ours)
     refused(ours, tmp_path, ALL)
@@ -459,7 +524,9 @@ def test_a_hostile_tokenizer_is_refused(ours, tmp_path, case):
 # ------------------------------------------------------------------------------------------------- safetensors by hand
 
 
-def raw_safetensors(tensors: dict, change=lambda header, data: None, text=None, length=None) -> bytes:
+def raw_safetensors(
+    tensors: dict, change=lambda header, data: None, text=None, length=None
+) -> bytes:
     """A file with a header that `change` may falsify, or that is `text`."""
     names = {
         torch.float32: "F32",
@@ -473,7 +540,11 @@ def raw_safetensors(tensors: dict, change=lambda header, data: None, text=None, 
     header, data = {}, bytearray()
     for name, t in tensors.items():
         raw = t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b""
-        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        header[name] = {
+            "dtype": names[t.dtype],
+            "shape": list(t.shape),
+            "data_offsets": [len(data), len(data) + len(raw)],
+        }
         data += raw
     text = text or json.dumps(change(header, data) or header)
     text = text.encode()
@@ -486,7 +557,11 @@ def of_header(change):
 
 def of_entry(**entry):
     """Falsify what is said of the final bias."""
-    return of_header(lambda header, data: next(e for name, e in header.items() if name.endswith("ln_f.bias")).update(entry))
+    return of_header(
+        lambda header, data: next(
+            e for name, e in header.items() if name.endswith("ln_f.bias")
+        ).update(entry)
+    )
 
 
 def of_tensors(change):
@@ -541,7 +616,9 @@ SAFETENSORS = {
 }  # fmt: skip
 # what may be read: other bytes stand for what they say
 HARMLESS = {
-    "padded header": lambda t: raw_safetensors(t, text=json.dumps(json.loads(raw_safetensors(t)[8:].split(b"}}")[0] + b"}}")) + " " * 4096),
+    "padded header": lambda t: raw_safetensors(
+        t, text=json.dumps(json.loads(raw_safetensors(t)[8:].split(b"}}")[0] + b"}}")) + " " * 4096
+    ),
     "metadata": of_header(lambda h, d: {"__metadata__": {"format": "pt", "x": "<script>"}} | h),
     "another order": of_tensors(lambda t, p: dict(reversed(t.items()))),
 }
@@ -579,7 +656,9 @@ def test_numbers_that_are_none_are_found_by_verify_and_end_a_sample(home, ours, 
     with pytest.raises(RuntimeError, match="not finite"):
         act("sample", ours, tmp_path / "out")
     act("import", ours, tmp_path / "out")  # the same bits: an import judges no weights
-    assert W.weights_hash({n: t.read() for n, t in W.open_weights(str(tmp_path / "out")).tensors.items()}) == W.weights_hash(tensors)
+    assert W.weights_hash(
+        {n: t.read() for n, t in W.open_weights(str(tmp_path / "out")).tensors.items()}
+    ) == W.weights_hash(tensors)
 
 
 # ---------------------------------------------------------------------------------------------- Hugging Face's JSON
@@ -600,10 +679,14 @@ def test_a_configuration_of_another_model_is_refused(home, tmp_path, case):
     refused(folder, tmp_path)
 
 
-@pytest.mark.parametrize("text", [DEEP, "", "[]", "null", "{", LONG, '"gpt2"', '{"a": ' * 5000], ids=lambda t: t[:8])
+@pytest.mark.parametrize(
+    "text", [DEEP, "", "[]", "null", "{", LONG, '"gpt2"', '{"a": ' * 5000], ids=lambda t: t[:8]
+)
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "hparams.json"])
 def test_json_that_is_none_is_refused(home, tmp_path, name, text):
-    folder = shutil.copytree(home / ("tf" if name == "hparams.json" else "parts"), tmp_path / "theirs")
+    folder = shutil.copytree(
+        home / ("tf" if name == "hparams.json" else "parts"), tmp_path / "theirs"
+    )
     (folder / name).write_text(text, encoding="utf-8")
     refused(folder, tmp_path, n_head=2, named=folder / name)
 
@@ -622,13 +705,17 @@ def test_an_index_that_points_elsewhere_is_refused(home, tmp_path, case):
     (folder / "folder").mkdir()
     os.mkfifo(folder / "pipe")
     (folder / "endless").symlink_to("/dev/zero")
-    (folder / "model.safetensors.index.json").write_text(json.dumps(INDEXES[case]), encoding="utf-8")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps(INDEXES[case]), encoding="utf-8"
+    )
     refused(folder, tmp_path)
 
 
 def test_two_tensors_of_one_name_are_refused(home, tmp_path):
     tensors = load_tensors(home / "hf/model.safetensors")
-    (tmp_path / "hf.safetensors").write_bytes(raw_safetensors(tensors | {"wte.weight": torch.ones(257, 32)}))
+    (tmp_path / "hf.safetensors").write_bytes(
+        raw_safetensors(tensors | {"wte.weight": torch.ones(257, 32)})
+    )
     refused(tmp_path / "hf.safetensors", tmp_path, n_head=2)
 
 
@@ -647,7 +734,12 @@ def calls(module: str, name: str, *arguments) -> bytes:
 
 def zipped(path, pickled: bytes, more=None, kind=zipfile.ZIP_STORED) -> None:
     with zipfile.ZipFile(path, "w", kind) as archive:
-        for name, data in {"x/data.pkl": pickled, "x/version": b"3\n", "x/byteorder": b"little", **(more or {})}.items():
+        for name, data in {
+            "x/data.pkl": pickled,
+            "x/version": b"3\n",
+            "x/byteorder": b"little",
+            **(more or {}),
+        }.items():
             archive.writestr(name, data)
 
 
@@ -746,8 +838,13 @@ def test_torch_files_with_odd_but_whole_contents_are_the_same(home, tmp_path):
     model = small_model()
     for contents in (
         dict(model.named_parameters()),  # which ask for gradients
-        {"state_dict": {f"module._orig_mod.{k}": t for k, t in model.state_dict().items()}, "epoch": 3},
-        {k: torch.stack([t, t])[1] for k, t in model.state_dict().items()},  # views of something larger
+        {
+            "state_dict": {f"module._orig_mod.{k}": t for k, t in model.state_dict().items()},
+            "epoch": 3,
+        },
+        {
+            k: torch.stack([t, t])[1] for k, t in model.state_dict().items()
+        },  # views of something larger
         {k: t.t().contiguous().t() for k, t in model.state_dict().items()},
     ):
         torch.save(contents, tmp_path / "x.pt")
@@ -769,14 +866,43 @@ def test_archives_that_are_bombs_or_lies_are_refused(home, tmp_path):
     refused(write(members, zipfile.ZIP_DEFLATED), tmp_path, n_head=2)  # torch.load would read it
     zipped(path, b"\x80\x02" + text_op(" " * 50_000_000) + b".", kind=zipfile.ZIP_DEFLATED)
     refused(path, tmp_path, n_head=2)
-    refused(write({name: data for name, data in members.items() if not name.endswith("data.pkl")}), tmp_path, n_head=2)
-    refused(write({name: data for name, data in members.items() if not name.endswith("/data/3")}), tmp_path, n_head=2)
-    refused(write({name: data[: len(data) // 2] if "/data/" in name else data for name, data in members.items()}), tmp_path, n_head=2)
-    refused(write({f"../{name}": data for name, data in members.items()} | {"/etc/passwd": b""}), tmp_path, n_head=2)
+    refused(
+        write({name: data for name, data in members.items() if not name.endswith("data.pkl")}),
+        tmp_path,
+        n_head=2,
+    )
+    refused(
+        write({name: data for name, data in members.items() if not name.endswith("/data/3")}),
+        tmp_path,
+        n_head=2,
+    )
+    refused(
+        write(
+            {
+                name: data[: len(data) // 2] if "/data/" in name else data
+                for name, data in members.items()
+            }
+        ),
+        tmp_path,
+        n_head=2,
+    )
+    refused(
+        write({f"../{name}": data for name, data in members.items()} | {"/etc/passwd": b""}),
+        tmp_path,
+        n_head=2,
+    )
     refused(write({}), tmp_path, n_head=2)
     assert pickled.count(b"K ") and not (tmp_path.parent / "data.pkl").exists()
-    huge = pickled.replace(b"M \x20", b"J\xff\xff\xff\x7f").replace(b"K ", b"J\xff\xff\xff\x7f")  # a width of 2**31 - 1
-    refused(write({name: huge if name.endswith("data.pkl") else data for name, data in members.items()}), tmp_path, n_head=2)
+    huge = pickled.replace(b"M \x20", b"J\xff\xff\xff\x7f").replace(
+        b"K ", b"J\xff\xff\xff\x7f"
+    )  # a width of 2**31 - 1
+    refused(
+        write(
+            {name: huge if name.endswith("data.pkl") else data for name, data in members.items()}
+        ),
+        tmp_path,
+        n_head=2,
+    )
 
 
 # ------------------------------------------------------------------------------------ nanoGPT, LLMs-from-scratch, OpenAI
@@ -796,7 +922,9 @@ def test_nanogpt_settings_of_another_model_are_refused(home, tmp_path, case):
     refused(tmp_path / "x.pt", tmp_path)
 
 
-@pytest.mark.parametrize("value", [None, 3, [], "x", {}, {"n_head": torch.ones(3)}, {"n_head": [2]}, {1: 2}], ids=str)
+@pytest.mark.parametrize(
+    "value", [None, 3, [], "x", {}, {"n_head": torch.ones(3)}, {"n_head": [2]}, {1: 2}], ids=str
+)
 def test_nanogpt_settings_that_are_none_leave_the_heads_to_be_said(home, tmp_path, value):
     found = torch.load(home / "nano.pt", weights_only=True) | {"model_args": value}
     torch.save(found, tmp_path / "x.pt")
@@ -887,7 +1015,12 @@ def test_what_is_no_place_of_weights_is_refused(tmp_path, case, suffix):
 
 def test_a_pipe_beside_the_weights_is_not_waited_for(home, tmp_path):
     for n, (folder, name) in enumerate(
-        (("hf", "config.json"), ("hf", "tokenizer.json"), ("parts", "model.safetensors.index.json"), ("tf", "hparams.json"))
+        (
+            ("hf", "config.json"),
+            ("hf", "tokenizer.json"),
+            ("parts", "model.safetensors.index.json"),
+            ("tf", "hparams.json"),
+        )
     ):
         copy = shutil.copytree(home / folder, tmp_path / str(n))
         instead(os.mkfifo)(copy / name)
@@ -903,7 +1036,9 @@ def test_the_scripts_tell_one_line_each(home, tmp_path):
     folder = tmp_path / "step_000003"
     shutil.copytree(home / "run/checkpoints/step_000003", folder)
     state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    (folder / "trainer_state.json").write_text(json.dumps(state | {"model_config": asdict(SHAPE) | {"n_embd": 10**12}}), encoding="utf-8")
+    (folder / "trainer_state.json").write_text(
+        json.dumps(state | {"model_config": asdict(SHAPE) | {"n_embd": 10**12}}), encoding="utf-8"
+    )
     remanifest(folder)
     evil, marker = tmp_path / "evil.pt", tmp_path / "it-ran"
     zipped(evil, b"\x80\x02" + opcodes(marker)["os.system"])

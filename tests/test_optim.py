@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 
 from gpt_train import GPT, Block, GPTConfig
-from parts.optim import Optimizer, learning_rate, predicted_state_bytes
+from parts.training.optim import Optimizer, learning_rate, predicted_state_bytes
 
 CPU = torch.device("cpu")
 KINDS = ["adamw", "galore", "muon"]
@@ -18,7 +18,12 @@ KINDS = ["adamw", "galore", "muon"]
 
 @pytest.mark.parametrize(
     ("schedule", "middle", "last"),
-    [("cosine", 0.1 + 0.9 / 2, 0.1), ("linear", 0.1 + 0.9 / 2, 0.1), ("constant", 1.0, 1.0), ("wsd", 1.0, 0.1)],
+    [
+        ("cosine", 0.1 + 0.9 / 2, 0.1),
+        ("linear", 0.1 + 0.9 / 2, 0.1),
+        ("constant", 1.0, 1.0),
+        ("wsd", 1.0, 0.1),
+    ],
 )
 def test_the_learning_rate_is_the_closed_form(schedule, middle, last):
     def lr(step):
@@ -31,7 +36,9 @@ def test_the_learning_rate_is_the_closed_form(schedule, middle, last):
     if schedule == "cosine":
         assert lr(35) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
     if schedule == "wsd":
-        assert lr(87) == 1.0 and lr(99) == pytest.approx(1 - 0.9 / 2, abs=0.03)  # falls over the last fifth
+        assert lr(87) == 1.0 and lr(99) == pytest.approx(
+            1 - 0.9 / 2, abs=0.03
+        )  # falls over the last fifth
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
@@ -68,7 +75,9 @@ def test_adamw_is_torch_s_with_decay_on_matrices_only():
         twin(ids, ids).backward()
         theirs.step()
         theirs.zero_grad()
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -92,7 +101,7 @@ def test_gradients_are_divided_in_the_update_as_before_it(kind):
 
 
 def test_one_process_starts_without_the_compiler():
-    program = "import sys, torch; from parts.optim import AdamW; p = torch.nn.Parameter(torch.ones(2)); p.grad = p.data; "
+    program = "import sys, torch; from parts.training.optim import AdamW; p = torch.nn.Parameter(torch.ones(2)); p.grad = p.data; "
     program += "AdamW([{'params': [p], 'weight_decay': 0.0}], fused=True).step(2.0); assert 'torch._dynamo' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
@@ -105,7 +114,9 @@ def test_state_goes_to_plain_tensors_and_back_to_the_same_bits(kind):
     for step in range(4):
         one_step(model, optimizer, step)
     tensors, numbers = copy.deepcopy(optimizer.state_dict())
-    assert all(torch.is_tensor(t) for t in tensors.values()) and all(isinstance(n, int | float) for n in numbers.values())
+    assert all(torch.is_tensor(t) for t in tensors.values()) and all(
+        isinstance(n, int | float) for n in numbers.values()
+    )
     twin = small()
     twin.load_state_dict(model.state_dict())
     other = Optimizer(twin, (Block,), kind, 0.1, CPU, **options)
@@ -113,7 +124,9 @@ def test_state_goes_to_plain_tensors_and_back_to_the_same_bits(kind):
     for step in range(4, 8):
         one_step(model, optimizer, step)
         one_step(twin, other, step)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True)
+    )
     with pytest.raises(ValueError, match=r"h\.9"):
         other.load_state_dict({"h.9.weight|exp_avg": torch.zeros(1)})
 
@@ -125,7 +138,11 @@ def test_the_predicted_bytes_are_the_bytes(kind):
     for step in range(2):
         one_step(model, optimizer, step)
     assert optimizer.state_bytes() == predicted_state_bytes(model, (Block,), kind, 4)
-    held = sum(t.untyped_storage().nbytes() for key, t in optimizer.state_dict()[0].items() if not key.endswith("|step"))
+    held = sum(
+        t.untyped_storage().nbytes()
+        for key, t in optimizer.state_dict()[0].items()
+        if not key.endswith("|step")
+    )
     assert held == optimizer.state_bytes(), "a view keeps more memory than it shows"
 
 
@@ -145,7 +162,9 @@ def test_galore_of_rank_128_on_the_124m_shape():
         assert sizes[kind] == predicted_state_bytes(model, (Block,), kind, 128)
     with torch.device("meta"):
         whole = GPT(GPTConfig())
-    ratio = predicted_state_bytes(whole, (Block,), "galore", 128) / predicted_state_bytes(whole, (Block,), "adamw")
+    ratio = predicted_state_bytes(whole, (Block,), "galore", 128) / predicted_state_bytes(
+        whole, (Block,), "adamw"
+    )
     outside = 2 * 4 * (50257 + 1024) * 768 + 2 * 4 * 2 * 768
     of_a_block = {kind: size - 2 * 4 * ((64 + 16) * 768 + 2 * 768) for kind, size in sizes.items()}
     measured = (outside + 12 * of_a_block["galore"]) / (outside + 12 * of_a_block["adamw"])
@@ -181,19 +200,28 @@ def test_galore_8bit_is_refused_without_cuda():
 
 def test_galore_8bit_moves_a_bias_that_begins_at_zero(monkeypatch):
     pytest.importorskip("bitsandbytes")  # its CPU backend
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)  # galore-torch waits for a GPU after each tensor
+    monkeypatch.setattr(
+        torch.cuda, "synchronize", lambda *_: None
+    )  # galore-torch waits for a GPU after each tensor
     model = small()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = Optimizer(model, (Block,), "galore8bit", 0.0, torch.device("cuda"), galore_rank=8)
     for step in range(5):
         one_step(model, optimizer, step)
-    moved = {name: float((p.detach() - before[name]).abs().max()) for name, p in model.named_parameters()}
+    moved = {
+        name: float((p.detach() - before[name]).abs().max()) for name, p in model.named_parameters()
+    }
     assert not any(before["h.0.mlp.c_fc.bias"].tolist())
     biases = [change for name, change in moved.items() if name.endswith("bias")]
     assert min(biases) > 1e-3 and max(moved.values()) < 0.1, moved  # five steps at a rate of 1e-3
 
 
 def test_muon_is_refused_on_a_gpu_without_bf16(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    with pytest.raises(ValueError, match="--optimizer muon: torch computes it in bf16, which this GPU does not have"):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
+    with pytest.raises(
+        ValueError,
+        match="--optimizer muon: torch computes it in bf16, which this GPU does not have",
+    ):
         Optimizer(small(), (Block,), "muon", 0.1, torch.device("cuda"))

@@ -12,9 +12,17 @@ import torch
 from conftest import GPT2_CACHE, ROOT, TINY, one_error_line, ranks, run
 
 from gpt_train import GPT, SIZES, Block, GPTConfig, attends_in_products, count_parameters, memory_of
-from parts.optim import predicted_state_bytes
-from parts.parallel import _recompute_in_backward
-from parts.plan import Setting, activation_bytes, duration, gb, parameters_by_part, seconds_of, ways_to_fit
+from parts.training.engine import _recompute_in_backward
+from parts.training.optim import predicted_state_bytes
+from parts.training.plan import (
+    Setting,
+    activation_bytes,
+    duration,
+    gb,
+    parameters_by_part,
+    seconds_of,
+    ways_to_fit,
+)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -46,7 +54,10 @@ def kept_by_autograd(config, B: int, dtype, recomputed: bool) -> int:
 
     def keep(tensor):
         if (memory := tensor.untyped_storage()).data_ptr() not in own:
-            kept[memory.data_ptr()] = (memory.nbytes(), tensor)  # the tensor itself, too, or its place would be given to another
+            kept[memory.data_ptr()] = (
+                memory.nbytes(),
+                tensor,
+            )  # the tensor itself, too, or its place would be given to another
         return tensor
 
     ids = torch.randint(config.vocab_size, (B, config.block_size))
@@ -63,22 +74,34 @@ def kept_by_autograd(config, B: int, dtype, recomputed: bool) -> int:
 @pytest.mark.parametrize(("dtype", "T"), [("fp32", 40), ("bf16", 40), ("bf16", 520)])
 def test_activations_are_what_autograd_keeps(dtype, T, dropout, recomputed):
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    config = GPTConfig(vocab_size=512, block_size=T, n_layer=3, n_head=4, n_embd=64, dropout=dropout)
+    config = GPTConfig(
+        vocab_size=512, block_size=T, n_layer=3, n_head=4, n_embd=64, dropout=dropout
+    )
     products = attends_in_products(torch.device("cpu"), torch_dtype, T, dropout)
-    planned = activation_bytes(config, Setting(3, dtype=dtype, activation_checkpointing=recomputed, attends_in_products=products))
+    planned = activation_bytes(
+        config,
+        Setting(3, dtype=dtype, activation_checkpointing=recomputed, attends_in_products=products),
+    )
     if recomputed:  # the plan adds the block that is being recomputed, which is not there at the end of the forward pass
-        one, two = (activation_bytes(replace(config, n_layer=n), Setting(3, dtype=dtype, attends_in_products=products)) for n in (1, 2))
+        one, two = (
+            activation_bytes(
+                replace(config, n_layer=n), Setting(3, dtype=dtype, attends_in_products=products)
+            )
+            for n in (1, 2)
+        )
         planned -= two - one
     head = 4 * config.vocab_size * config.n_embd
-    assert planned + head == pytest.approx(kept_by_autograd(config, 3, torch_dtype, recomputed), rel=0.01)
+    assert planned + head == pytest.approx(
+        kept_by_autograd(config, 3, torch_dtype, recomputed), rel=0.01
+    )
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon", "galore"])
 def test_the_optimizer_of_a_plan_is_that_of_the_model(kind):
     config = GPTConfig(vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=32)
-    assert memory_of(config, Setting(2, optimizer=kind), galore_rank=8)["optimizer"] == predicted_state_bytes(
-        GPT(config), (Block,), kind, 8
-    )
+    assert memory_of(config, Setting(2, optimizer=kind), galore_rank=8)[
+        "optimizer"
+    ] == predicted_state_bytes(GPT(config), (Block,), kind, 8)
 
 
 def test_sizes_have_growing_plans_and_more_rows_never_need_less():
@@ -89,7 +112,9 @@ def test_sizes_have_growing_plans_and_more_rows_never_need_less():
     assert by_rows == sorted(by_rows) and by_rows[0] > 16 * count_parameters(config)
     sliced = memory_of(config, Setting(8, device="cuda", parallel="fsdp", world=8))
     assert sliced["optimizer"] == 8 * count_parameters(config) // 8
-    offloaded = memory_of(config, Setting(8, device="cuda", parallel="fsdp", world=8, cpu_offload=True))
+    offloaded = memory_of(
+        config, Setting(8, device="cuda", parallel="fsdp", world=8, cpu_offload=True)
+    )
     assert sliced["peak"] - offloaded["peak"] == 12 * count_parameters(config) // 8
 
 
@@ -97,14 +122,28 @@ def test_gradients_of_earlier_micro_batches_are_whole_also_under_fsdp():
     config, whole = GPTConfig.of_size("1558M"), 4 * count_parameters(GPTConfig.of_size("1558M"))
 
     def peak(parallel, world, accum):
-        setting = Setting(4, accum, dtype="bf16", device="cuda", parallel=parallel, world=world, activation_checkpointing=True)
+        setting = Setting(
+            4,
+            accum,
+            dtype="bf16",
+            device="cuda",
+            parallel=parallel,
+            world=world,
+            activation_checkpointing=True,
+        )
         return memory_of(config, setting)
 
     sliced = [peak("fsdp", 8, accum) for accum in (1, 4)]
-    assert sliced[1]["peak"] - sliced[0]["peak"] == whole == sliced[1]["gradients"], "set_requires_gradient_sync(False) keeps them"
+    assert sliced[1]["peak"] - sliced[0]["peak"] == whole == sliced[1]["gradients"], (
+        "set_requires_gradient_sync(False) keeps them"
+    )
     assert sliced[0]["gradients"] == whole // 8
     # under ddp the gradients lie in the buckets that are exchanged, unless they are of several micro-batches
-    alone, one, four = peak("none", 1, 4)["peak"], peak("ddp", 8, 1)["peak"], peak("ddp", 8, 4)["peak"]
+    alone, one, four = (
+        peak("none", 1, 4)["peak"],
+        peak("ddp", 8, 1)["peak"],
+        peak("ddp", 8, 4)["peak"],
+    )
     assert one == alone and four == alone + whole
 
 
@@ -119,10 +158,17 @@ def test_ways_out_fit_and_are_the_same_step():
     ways = ways_to_fit(s, 4e9, lambda other: memory_of(config, other)["peak"])
     assert ways
     for way in ways:
-        B, accum = (int(re.search(rf"--{name} (\d+)", way)[1]) for name in ("batch_size", "grad_accum_steps"))
+        B, accum = (
+            int(re.search(rf"--{name} (\d+)", way)[1])
+            for name in ("batch_size", "grad_accum_steps")
+        )
         more = {"activation_checkpointing": "--activation_checkpointing" in way}
         more |= {"optimizer": m[1]} if (m := re.search(r"--optimizer (\w+)", way)) else {}
-        assert B * accum == 32 and memory_of(config, Setting(B, accum, dtype="bf16", device="cuda", **more))["peak"] <= 4e9
+        assert (
+            B * accum == 32
+            and memory_of(config, Setting(B, accum, dtype="bf16", device="cuda", **more))["peak"]
+            <= 4e9
+        )
     assert ways_to_fit(s, 1e9, lambda other: memory_of(config, other)["peak"]) == []
 
 
@@ -136,11 +182,19 @@ def test_figures_for_people():
         "1.49 GB",
         "123 GB",
     ]
-    assert [duration(s) for s in (0.123, 45, 200, 7500, 273_600)] == ["0.12 s", "45 s", "3 min 20 s", "2 h 5 min", "3 days 4 h"]
+    assert [duration(s) for s in (0.123, 45, 200, 7500, 273_600)] == [
+        "0.12 s",
+        "45 s",
+        "3 min 20 s",
+        "2 h 5 min",
+        "3 days 4 h",
+    ]
     assert duration(90_000) == "1 day 1 h" and duration(59.7) == "1 min 0 s"
     calls = []
     assert 0 <= seconds_of(lambda: calls.append(1)) < 1 and len(calls) == 4
-    assert seconds_of(lambda: calls.append(1), lambda seconds: 7.0) == 7 and len(calls) == 6, "two of seven seconds are enough"
+    assert seconds_of(lambda: calls.append(1), lambda seconds: 7.0) == 7 and len(calls) == 6, (
+        "two of seven seconds are enough"
+    )
 
 
 def test_memory_and_files_of_a_run_are_those_planned(request):
@@ -149,62 +203,145 @@ def test_memory_and_files_of_a_run_are_those_planned(request):
     only = [] if request.config.getoption("--nightly") else ["--only", "tiny"]
     environment = {**os.environ, "TIKTOKEN_CACHE_DIR": str(GPT2_CACHE)}
     command = [sys.executable, "benchmarks/memory.py", *only]
-    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment).stdout
+    out = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment
+    ).stdout
     found = re.findall(r"ratio ([\d.]+); checkpoint: .* ratio ([\d.]+)", out)
     assert len(found) == (1 if only else 6), out
     for memory, files in found:
-        assert float(memory) == pytest.approx(1, abs=0.15) and float(files) == pytest.approx(1, abs=0.02), out
+        assert float(memory) == pytest.approx(1, abs=0.15) and float(files) == pytest.approx(
+            1, abs=0.02
+        ), out
 
 
-def test_a_plan_starts_and_writes_nothing_and_counts_what_is_left(texts, tmp_path_factory, tmp_path):
+def test_a_plan_starts_and_writes_nothing_and_counts_what_is_left(
+    texts, tmp_path_factory, tmp_path
+):
     text = tmp_path_factory.mktemp("documents") / "all.txt"
-    text.write_text("\n<|endoftext|>\n".join((texts / "text_0.txt").read_text(encoding="utf-8").split("\n\n")[:60]), encoding="utf-8")
+    text.write_text(
+        "\n<|endoftext|>\n".join(
+            (texts / "text_0.txt").read_text(encoding="utf-8").split("\n\n")[:60]
+        ),
+        encoding="utf-8",
+    )
     flags = (*TINY, "--dataset_name", text, "--val_share", "0.2", "--max_steps", "6", "--plan")
     result = run("pretraining_advanced.py", *flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert list(tmp_path.iterdir()) == []
     config = GPTConfig.of_size("nano", vocab_size=257, block_size=16)
-    assert f"parameters: {count_parameters(config):,} (" in result.stdout and "fits the" in result.stdout
-    assert "to go: 6 of 6 steps, 384 tokens" in result.stdout and re.search(r"time: .* a step \(measured\)", result.stdout), result.stdout
-    assert run("pretraining_advanced.py", *flags[:-1], "--save_ckpt_freq", "4", "--max_minutes", "1e-9", cwd=tmp_path).returncode == 75
+    assert (
+        f"parameters: {count_parameters(config):,} (" in result.stdout
+        and "fits the" in result.stdout
+    )
+    assert "to go: 6 of 6 steps, 384 tokens" in result.stdout and re.search(
+        r"time: .* a step \(measured\)", result.stdout
+    ), result.stdout
+    assert (
+        run(
+            "pretraining_advanced.py",
+            *flags[:-1],
+            "--save_ckpt_freq",
+            "4",
+            "--max_minutes",
+            "1e-9",
+            cwd=tmp_path,
+        ).returncode
+        == 75
+    )
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     planned = run("pretraining_advanced.py", *flags, cwd=tmp_path).stdout
     assert "to go: 5 of 6 steps" in planned and "rows in an epoch" in planned, planned
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
     planned_bytes = re.search(r"disk: (\S+ \S+) a checkpoint", planned)[1]
-    real = sum(p.stat().st_size for p in next((tmp_path / "runs/advanced/checkpoints").iterdir()).iterdir())
-    assert float(planned_bytes.split()[0]) * {"kB": 1e3, "MB": 1e6}[planned_bytes.split()[1]] == pytest.approx(real, rel=0.03)
+    real = sum(
+        p.stat().st_size for p in next((tmp_path / "runs/advanced/checkpoints").iterdir()).iterdir()
+    )
+    assert float(planned_bytes.split()[0]) * {"kB": 1e3, "MB": 1e6}[
+        planned_bytes.split()[1]
+    ] == pytest.approx(real, rel=0.03)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_have_one_plan(kind, texts, tmp_path):
-    flags = (*TINY, "--dataset_name", texts, "--max_steps", "6", "--grad_accum_steps", "3", "--parallel", kind, "--plan")
+    flags = (
+        *TINY,
+        "--dataset_name",
+        texts,
+        "--max_steps",
+        "6",
+        "--grad_accum_steps",
+        "3",
+        "--parallel",
+        kind,
+        "--plan",
+    )
     first, second = ranks("pretraining_advanced.py", *flags, world=2, cwd=tmp_path).wait(120)
-    assert (first.returncode, second.returncode, second.stdout) == (0, 0, ""), first.stderr + second.stderr
-    assert "step: 24 x 16 tokens, 3 micro-batches of 4 rows" in first.stdout and "exchange" in first.stdout and "time: " in first.stdout
+    assert (first.returncode, second.returncode, second.stdout) == (0, 0, ""), (
+        first.stderr + second.stderr
+    )
+    assert (
+        "step: 24 x 16 tokens, 3 micro-batches of 4 rows" in first.stdout
+        and "exchange" in first.stdout
+        and "time: " in first.stdout
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_simple_trainer_plans_too_and_reads_no_text(tmp_path):
-    result = run("pretraining_simple.py", "--plan", "--model_size", "nano", "--data_dir", "nowhere", cwd=tmp_path)
-    assert result.returncode == 0 and "time: " in result.stdout and "1,400 steps in" in result.stdout, result.stderr
+    result = run(
+        "pretraining_simple.py",
+        "--plan",
+        "--model_size",
+        "nano",
+        "--data_dir",
+        "nowhere",
+        cwd=tmp_path,
+    )
+    assert (
+        result.returncode == 0 and "time: " in result.stdout and "1,400 steps in" in result.stdout
+    ), result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_gpu_without_bf16_is_planned_for_from_a_laptop(tmp_path):
-    flags = ("--model_size", "124M", "--batch_size", "8", "--tokenizer", "gpt2", "--plan_memory_gb", "16", "--dtype", "fp16")
+    flags = (
+        "--model_size",
+        "124M",
+        "--batch_size",
+        "8",
+        "--tokenizer",
+        "gpt2",
+        "--plan_memory_gb",
+        "16",
+        "--dtype",
+        "fp16",
+    )
     result = run("pretraining_advanced.py", *flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "fp16: planned for another GPU" in result.stdout and ", fits the 16 GB" in result.stdout, result.stdout
+    assert (
+        "fp16: planned for another GPU" in result.stdout and ", fits the 16 GB" in result.stdout
+    ), result.stdout
     assert "logits 4.94 GB" in result.stdout, "12 bytes each"
 
 
 def test_another_device_is_planned_for_with_what_would_fit(tmp_path):
-    flags = ("--model_size", "124M", "--batch_size", "64", "--dtype", "bf16", "--tokenizer", "gpt2", "--plan_memory_gb")
+    flags = (
+        "--model_size",
+        "124M",
+        "--batch_size",
+        "64",
+        "--dtype",
+        "bf16",
+        "--tokenizer",
+        "gpt2",
+        "--plan_memory_gb",
+    )
     out = run("pretraining_advanced.py", *flags, "8", cwd=tmp_path).stdout
     assert "does NOT fit the 8 GB of --plan_memory_gb" in out and "time: not measured" in out, out
     way = re.search(r"what would fit, with pretraining_advanced.py: (.*?);", out)[1].split()
     again = run("pretraining_advanced.py", *flags, "8", *way, cwd=tmp_path)
     assert ", fits the 8 GB" in again.stdout, again.stdout
-    assert "--plan_memory_gb: -1.0 is out of range" in one_error_line(run("pretraining_advanced.py", *flags, "-1", cwd=tmp_path), 2)
+    assert "--plan_memory_gb: -1.0 is out of range" in one_error_line(
+        run("pretraining_advanced.py", *flags, "-1", cwd=tmp_path), 2
+    )
     assert list(tmp_path.iterdir()) == [] and np.isfinite(float(way[1]))

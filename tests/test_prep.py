@@ -19,13 +19,16 @@ import pytest
 from conftest import ROOT, SHARED, one_error_line, run, shared
 
 import prep_dataset
-from parts import gutenberg as G
-from parts.corpus import python_docs
+from parts.data import gutenberg as G
+from parts.data.corpus import python_docs
 from prep_dataset import GutenbergConfig, clean_book, prepare_gutenberg, read_documents
 
 PROSE = "It was a bright cold day in April, and the old clock of the tower struck thirteen over the quiet roofs of the town.\n\n"
 HEADER = "The Project Gutenberg EBook of A Day, by Nobody\n\nTitle: A Day\n\nLanguage: English\n\n"
-START, END = "*** START OF THE PROJECT GUTENBERG EBOOK A DAY ***\n\n", "*** END OF THE PROJECT GUTENBERG EBOOK A DAY ***\n\n"
+START, END = (
+    "*** START OF THE PROJECT GUTENBERG EBOOK A DAY ***\n\n",
+    "*** END OF THE PROJECT GUTENBERG EBOOK A DAY ***\n\n",
+)
 
 
 def collapse(text: str) -> str:
@@ -45,7 +48,12 @@ def everything(tmp_path_factory):
     """All 39 books, cleaned with --languages all --keep_duplicates: (report, combined text)."""
     output = tmp_path_factory.mktemp("all")
     report = prepare_gutenberg(
-        GutenbergConfig(data_dir=str(shared("data/gutenberg")), output_dir=str(output), languages=("all",), keep_duplicates=True)
+        GutenbergConfig(
+            data_dir=str(shared("data/gutenberg")),
+            output_dir=str(output),
+            languages=("all",),
+            keep_duplicates=True,
+        )
     )
     return report, (output / "combined_1.txt").read_text(encoding="utf-8")
 
@@ -69,14 +77,21 @@ def test_no_line_of_licence_marker_small_print_or_credits_is_left(everything):
 def test_the_listing_is_no_book_and_every_file_has_its_line(everything):
     report = everything[0]
     status = {row["file"]: row["status"] for row in report["files"]}
-    assert status["01342_not_a_book_ftp_listing.txt"] == "not a book" and report["counts"]["kept"] == 39
+    assert (
+        status["01342_not_a_book_ftp_listing.txt"] == "not a book"
+        and report["counts"]["kept"] == 39
+    )
     assert set(status) == {p.name for p in (SHARED / "data/gutenberg").iterdir()}
     for row in report["files"]:
-        assert row["reason"] and (row["status"] != "kept" or row["chars_in"] > row["chars_out"] + row["header_chars"])
+        assert row["reason"] and (
+            row["status"] != "kept" or row["chars_in"] > row["chars_out"] + row["header_chars"]
+        )
 
 
 def test_foreign_books_and_second_editions_are_set_aside(tmp_path):
-    report = prepare_gutenberg(GutenbergConfig(data_dir=str(shared("data/gutenberg")), output_dir=str(tmp_path)))
+    report = prepare_gutenberg(
+        GutenbergConfig(data_dir=str(shared("data/gutenberg")), output_dir=str(tmp_path))
+    )
     status = {row["file"]: (row["status"], row["reason"]) for row in report["files"]}
     foreign = [name for name in status if re.search(r"_(de|fr|it|nl|pl)_", name)]
     assert len(foreign) == 8 and all(status[name][0] == "other language" for name in foreign)
@@ -88,11 +103,17 @@ def test_a_second_preparation_gives_the_same_bytes_with_any_number_of_workers(tm
     source = tmp_path / "in"
     source.mkdir()
     for n in range(7):
-        (source / f"{n}.txt").write_text(HEADER + START + PROSE * 9 + f"Number {n}. " * 50 + "\n\n" + END, encoding="utf-8")
+        (source / f"{n}.txt").write_text(
+            HEADER + START + PROSE * 9 + f"Number {n}. " * 50 + "\n\n" + END, encoding="utf-8"
+        )
     results = []
     for workers in (1, 2, 5):
         output = tmp_path / f"out{workers}"
-        prepare_gutenberg(GutenbergConfig(data_dir=str(source), output_dir=str(output), workers=workers, keep_duplicates=True))
+        prepare_gutenberg(
+            GutenbergConfig(
+                data_dir=str(source), output_dir=str(output), workers=workers, keep_duplicates=True
+            )
+        )
         results.append((output / "combined_1.txt").read_bytes())
     assert results[0] == results[1] == results[2] and results[0].count(b"\n<|endoftext|>\n") == 6
 
@@ -103,9 +124,18 @@ def test_memory_does_not_grow_with_the_number_of_files(tmp_path):
     peaks = []
     for n in (4, 40):
         for i in range(n):
-            (source / f"{i}.txt").write_text(HEADER + START + PROSE * 1000 + f"{i} " * 300 + "\n\n" + END, encoding="utf-8")
+            (source / f"{i}.txt").write_text(
+                HEADER + START + PROSE * 1000 + f"{i} " * 300 + "\n\n" + END, encoding="utf-8"
+            )
         tracemalloc.start()
-        prepare_gutenberg(GutenbergConfig(data_dir=str(source), output_dir=str(tmp_path / "out"), workers=1, keep_duplicates=True))
+        prepare_gutenberg(
+            GutenbergConfig(
+                data_dir=str(source),
+                output_dir=str(tmp_path / "out"),
+                workers=1,
+                keep_duplicates=True,
+            )
+        )
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0] + 1e6
@@ -127,7 +157,9 @@ LAYOUTS = {
     + START
     + "Produced by A. Person and the Online\nDistributed Proofreading Team at https://www.pgdp.net\n\n{body}"
     + END,
-    "end line only": HEADER + START + "{body}End of the Project Gutenberg EBook of A Day, by\nNobody\n\n",
+    "end line only": HEADER
+    + START
+    + "{body}End of the Project Gutenberg EBook of A Day, by\nNobody\n\n",
     "no footer": HEADER + START + "{body}",
     "small print": "**Welcome**\n\n***START**THE SMALL PRINT!**FOR PUBLIC DOMAIN ETEXTS**START***\nlawyers\n\n"
     "*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29.93*END*\n\n\n{body}",
@@ -163,11 +195,24 @@ def test_every_layout_leaves_the_whole_body_and_nothing_else(layout, newline):
 
 
 def test_other_peoples_text_comes_out_as_it_went_in():
-    text = (PROSE + "    indented verse\n\tand a tab, https://example.org\n\nProduced by me@example.org\n\n\n") * 30
+    text = (
+        PROSE
+        + "    indented verse\n\tand a tab, https://example.org\n\nProduced by me@example.org\n\n\n"
+    ) * 30
     assert G.normalise(G.strip_boilerplate(text).text) == text.strip("\n")
 
 
-@pytest.mark.parametrize("odd", [" " * 300_000 + "x", "x" * 300_000, "ebook " * 60_000, "*" * 300_000, "\n" * 300_000, "a@" * 150_000])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        " " * 300_000 + "x",
+        "x" * 300_000,
+        "ebook " * 60_000,
+        "*" * 300_000,
+        "\n" * 300_000,
+        "a@" * 150_000,
+    ],
+)
 def test_odd_text_takes_no_odd_time(odd):
     started = time.time()
     text = G.normalise(G.strip_boilerplate(HEADER + START + odd + "\n" * 9 + odd + "\n" + END).text)
@@ -185,8 +230,16 @@ def test_odd_text_takes_no_odd_time(odd):
         (b"a\x81b", "a\x81b", "latin-1"),
         ("naïve".encode("utf-16"), "naïve", "utf-16"),
         (b"a\r\nb\rc\x1a", "a\nb\nc", "ascii"),
-        (b"Character set encoding: ISO-8859-2\n" + "żółć".encode("iso-8859-2"), "Character set encoding: ISO-8859-2\nżółć", "iso-8859-2"),
-        ("żółć ".encode() * 40 + b"\xff", "żółć " * 40 + "\ufffd", "utf-8, 1 invalid bytes replaced"),
+        (
+            b"Character set encoding: ISO-8859-2\n" + "żółć".encode("iso-8859-2"),
+            "Character set encoding: ISO-8859-2\nżółć",
+            "iso-8859-2",
+        ),
+        (
+            "żółć ".encode() * 40 + b"\xff",
+            "żółć " * 40 + "\ufffd",
+            "utf-8, 1 invalid bytes replaced",
+        ),
     ],
 )
 def test_decoding(data, text, encoding):
@@ -220,7 +273,10 @@ def test_binary_data_is_refused():
         G.decode(b"PK\x03\x04\x00\x00text")
 
 
-@pytest.mark.parametrize(("text", "why"), [("short", "characters"), ("12 34.5; -- 77 |\n" * 100, "letters"), (PROSE * 9, None)])
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [("short", "characters"), ("12 34.5; -- 77 |\n" * 100, "letters"), (PROSE * 9, None)],
+)
 def test_what_is_no_book(text, why):
     assert (G.why_no_book(text) or "").count(why or "") and bool(G.why_no_book(text)) == bool(why)
 
@@ -230,7 +286,13 @@ def test_resemblance_ignores_case_punctuation_and_line_breaks():
     a, b = " ".join(words), "\n".join(w.upper() + "," for w in words)
     assert G.resemblance(G.sketch(a), G.sketch(b)) == 1
     assert G.resemblance(G.sketch(a), G.sketch(" ".join(words[::-1]))) < 0.1
-    assert 0.3 < G.resemblance(G.sketch(a), G.sketch(" ".join(words[:1500] + [f"x{w}" for w in words[:600]]))) < 0.8
+    assert (
+        0.3
+        < G.resemblance(
+            G.sketch(a), G.sketch(" ".join(words[:1500] + [f"x{w}" for w in words[:600]]))
+        )
+        < 0.8
+    )
 
 
 def prepare(tmp_path, *arguments, **options):
@@ -240,9 +302,18 @@ def prepare(tmp_path, *arguments, **options):
 def test_separator_in_a_book_size_limit_and_folders(tmp_path):
     source = tmp_path / "in" / "deep"
     source.mkdir(parents=True)
-    (source / "a.txt").write_text(PROSE * 20 + "a <|endoftext|> in the text\n<|endoftext|>\nand one between lines", encoding="utf-8")
-    (source / "b.txt").write_text("Another story altogether, of ships and of shoes and of sealing wax. " * 300, encoding="utf-8")
-    (source / "c.TXT").write_text("Chapter and verse on cabbages, on kings, and on why the sea is boiling hot. " * 10, encoding="utf-8")
+    (source / "a.txt").write_text(
+        PROSE * 20 + "a <|endoftext|> in the text\n<|endoftext|>\nand one between lines",
+        encoding="utf-8",
+    )
+    (source / "b.txt").write_text(
+        "Another story altogether, of ships and of shoes and of sealing wax. " * 300,
+        encoding="utf-8",
+    )
+    (source / "c.TXT").write_text(
+        "Chapter and verse on cabbages, on kings, and on why the sea is boiling hot. " * 10,
+        encoding="utf-8",
+    )
     (source / "d.html").write_text("<p>no text</p>", encoding="utf-8")
     (source / "e.txt").write_bytes(b"")
     result = prepare(tmp_path, "--data_dir", "in", "--max_size_mb", "0.004", "--output_dir", "out")
@@ -251,16 +322,25 @@ def test_separator_in_a_book_size_limit_and_folders(tmp_path):
     assert {r["file"]: r["status"] for r in report["files"]} == {
         "deep/a.txt": "kept", "deep/b.txt": "kept", "deep/c.TXT": "kept", "deep/d.html": "ignored", "deep/e.txt": "empty",
     }  # fmt: skip
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["combined_1.txt", "combined_2.txt", "combined_3.txt", "report.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "combined_1.txt",
+        "combined_2.txt",
+        "combined_3.txt",
+        "report.json",
+    ]
     documents = read_documents(tmp_path / "out")
-    assert len(documents) == 3 and documents[0].endswith("a <|endoftext|> in the text\n<| endoftext |>\nand one between lines")
+    assert len(documents) == 3 and documents[0].endswith(
+        "a <|endoftext|> in the text\n<| endoftext |>\nand one between lines"
+    )
 
 
 def test_boilerplate_can_be_kept(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.txt").write_text(HEADER + START + PROSE * 9 + END, encoding="utf-8")
     assert prepare(tmp_path, "--data_dir", "in", "--no-strip_boilerplate").returncode == 0
-    assert START.strip() in (tmp_path / "gutenberg_preprocessed/combined_1.txt").read_text(encoding="utf-8")
+    assert START.strip() in (tmp_path / "gutenberg_preprocessed/combined_1.txt").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize(
@@ -291,7 +371,9 @@ def test_bad_input_is_one_line_and_touches_nothing(tmp_path, arguments, named):
 
 
 def test_an_unknown_command_names_the_commands(tmp_path):
-    assert "did you mean gutenberg" in one_error_line(run("prep_dataset.py", "gutenburg", cwd=tmp_path), 2)
+    assert "did you mean gutenberg" in one_error_line(
+        run("prep_dataset.py", "gutenburg", cwd=tmp_path), 2
+    )
 
 
 def test_an_earlier_result_inside_the_folder_is_no_source(tmp_path):
@@ -300,7 +382,10 @@ def test_an_earlier_result_inside_the_folder_is_no_source(tmp_path):
     for _ in range(2):
         assert prepare(tmp_path, "--data_dir", ".", "--output_dir", "out").returncode == 0
         report = json.loads((tmp_path / "out/report.json").read_text(encoding="utf-8"))
-        assert {r["file"]: r["status"] for r in report["files"]} == {"a.txt": "kept", "dangling.txt": "unreadable"}
+        assert {r["file"]: r["status"] for r in report["files"]} == {
+            "a.txt": "kept",
+            "dangling.txt": "unreadable",
+        }
 
 
 def test_a_failed_second_preparation_leaves_the_first(tmp_path):
@@ -329,9 +414,22 @@ def test_the_english_of_python_is_plenty_and_always_the_same():
 @pytest.mark.parametrize("seconds", [0.5, 0.9, 1.3, 2.0])
 def test_ctrl_c_stops_all_workers_and_leaves_nothing(tmp_path, seconds):
     """As a terminal does it: the signal goes to the whole process group."""
-    command = [sys.executable, ROOT / "prep_dataset.py", "gutenberg", "--data_dir", shared("data/gutenberg"), "--workers", "2"]
+    command = [
+        sys.executable,
+        ROOT / "prep_dataset.py",
+        "gutenberg",
+        "--data_dir",
+        shared("data/gutenberg"),
+        "--workers",
+        "2",
+    ]
     process = subprocess.Popen(
-        list(map(str, command)), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        list(map(str, command)),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     time.sleep(seconds)
     os.killpg(process.pid, signal.SIGINT)
@@ -341,9 +439,21 @@ def test_ctrl_c_stops_all_workers_and_leaves_nothing(tmp_path, seconds):
 
 
 def test_sigterm_ends_the_workers_too(tmp_path):
-    command = [sys.executable, ROOT / "prep_dataset.py", "gutenberg", "--data_dir", shared("data/gutenberg"), "--workers", "2"]
+    command = [
+        sys.executable,
+        ROOT / "prep_dataset.py",
+        "gutenberg",
+        "--data_dir",
+        shared("data/gutenberg"),
+        "--workers",
+        "2",
+    ]
     process = subprocess.Popen(
-        list(map(str, command)), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        list(map(str, command)),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
     )
     while not (tmp_path / "gutenberg_preprocessed/.preparing.part/combined_1.txt").exists():
         assert process.poll() is None, process.stderr.read()
@@ -363,7 +473,11 @@ def test_other_files_in_the_output_folder_are_not_ours(tmp_path):
     for name in ("combined_notes.txt", "combined_7.txt"):
         (tmp_path / "out" / name).write_text("x", encoding="utf-8")
     assert prepare(tmp_path, "--data_dir", "in", "--output_dir", "out").returncode == 0
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["combined_1.txt", "combined_notes.txt", "report.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "combined_1.txt",
+        "combined_notes.txt",
+        "report.json",
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------- downloads
@@ -402,16 +516,33 @@ def book_server(answer):
 
 
 def a_book(n):
-    return (HEADER + START + PROSE * 9 + " ".join(f"word{i * n}" for i in range(300)) + "\n\n" + END).encode()
+    return (
+        HEADER + START + PROSE * 9 + " ".join(f"word{i * n}" for i in range(300)) + "\n\n" + END
+    ).encode()
 
 
 def test_books_are_fetched_once_kept_and_prepared(tmp_path):
     def answer(path):
         n = int(re.search(r"(\d+)", path)[1])
-        return (404, 0, b"") if n == 99 or (n == 2 and "cache" in path) else (200, len(a_book(n)), a_book(n))
+        return (
+            (404, 0, b"")
+            if n == 99 or (n == 2 and "cache" in path)
+            else (200, len(a_book(n)), a_book(n))
+        )
 
     with book_server(answer) as (url, asked, agents):
-        line = ("--book_ids", "1", "2", "99", "--mirror", url, "--pause_s", "0", "--output_dir", "out")
+        line = (
+            "--book_ids",
+            "1",
+            "2",
+            "99",
+            "--mirror",
+            url,
+            "--pause_s",
+            "0",
+            "--output_dir",
+            "out",
+        )
         assert "1 of 3 books could not be downloaded" in one_error_line(prepare(tmp_path, *line), 1)
         assert asked == [
             "/cache/epub/1/pg1.txt",
@@ -425,27 +556,41 @@ def test_books_are_fetched_once_kept_and_prepared(tmp_path):
         assert report["counts"] == {"kept": 2, "not downloaded": 1}
         asked.clear()
         prepare(tmp_path, *line)
-        assert asked == ["/cache/epub/99/pg99.txt", "/files/99/99-0.txt"]  # what is there is not asked for again
+        assert asked == [
+            "/cache/epub/99/pg99.txt",
+            "/files/99/99-0.txt",
+        ]  # what is there is not asked for again
 
 
 @pytest.mark.parametrize("lie", ["cut", "empty", "error"])
 def test_a_server_that_lies_leaves_no_file(tmp_path, lie):
-    answers = {"cut": (200, 10_000, a_book(1)[:500]), "empty": (200, 0, b""), "error": (503, 3, b"no!")}
+    answers = {
+        "cut": (200, 10_000, a_book(1)[:500]),
+        "empty": (200, 0, b""),
+        "error": (503, 3, b"no!"),
+    }
     with book_server(lambda _: answers[lie]) as (url, *_):
-        line = one_error_line(prepare(tmp_path, "--book_ids", "1", "--mirror", url, "--pause_s", "0"), 2)
+        line = one_error_line(
+            prepare(tmp_path, "--book_ids", "1", "--mirror", url, "--pause_s", "0"), 2
+        )
     assert {"cut": "cut off after 500", "empty": "empty", "error": "503"}[lie] in line
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
 def test_a_server_that_drips_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(prep_dataset, "DEADLINE_S", 0.5)
-    with book_server(lambda _: (200, 100, [b"x"] * 100)) as (url, *_), pytest.raises(OSError, match="not complete after"):
+    with (
+        book_server(lambda _: (200, 100, [b"x"] * 100)) as (url, *_),
+        pytest.raises(OSError, match="not complete after"),
+    ):
         prep_dataset.fetch(f"{url}/x", tmp_path / "x.txt")
     assert not list(tmp_path.iterdir())
 
 
 def test_no_server_at_all_is_one_line(tmp_path):
-    line = one_error_line(prepare(tmp_path, "--book_ids", "1", "2", "--mirror", "http://127.0.0.1:9"), 2)
+    line = one_error_line(
+        prepare(tmp_path, "--book_ids", "1", "2", "--mirror", "http://127.0.0.1:9"), 2
+    )
     assert "pg1.txt" in line and "refused" in line
 
 
@@ -461,8 +606,14 @@ def test_archives_in_the_folder_are_read_like_folders(tmp_path):
         result = prepare(tmp_path, "--data_dir", data_dir, "--output_dir", "out")
         assert result.returncode == 0, result.stderr
         report = json.loads((tmp_path / "out/report.json").read_text(encoding="utf-8"))
-        assert {r["file"]: r["status"] for r in report["files"]} == {"books.zip/a/one.txt": "kept", "books.zip/cover.jpg": "ignored"}
-        assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["combined_1.txt", "report.json"]
+        assert {r["file"]: r["status"] for r in report["files"]} == {
+            "books.zip/a/one.txt": "kept",
+            "books.zip/cover.jpg": "ignored",
+        }
+        assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+            "combined_1.txt",
+            "report.json",
+        ]
 
 
 def test_extraction_never_overwrites(tmp_path):
@@ -471,7 +622,12 @@ def test_extraction_never_overwrites(tmp_path):
         z.writestr("y.txt", "new")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/y.txt").write_text("old", encoding="utf-8")
-    line = one_error_line(run("prep_dataset.py", "extract", "--archive", "a.zip", "--output_dir", "out", cwd=tmp_path), 2)
+    line = one_error_line(
+        run(
+            "prep_dataset.py", "extract", "--archive", "a.zip", "--output_dir", "out", cwd=tmp_path
+        ),
+        2,
+    )
     assert "a.zip" in line and [p.name for p in (tmp_path / "out").iterdir()] == ["y.txt"]
     assert (tmp_path / "out/y.txt").read_text(encoding="utf-8") == "old"
 

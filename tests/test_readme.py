@@ -9,12 +9,17 @@ import sys
 import pytest
 from conftest import ROOT
 
-from parts.config import from_yaml
+from parts.cli.config import from_yaml
 from pretraining_advanced import TrainConfig, check
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
-COMMANDS = [line.split(" #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip() and not line.startswith("#")]
+COMMANDS = [
+    line.split(" #")[0].strip()
+    for block in BLOCKS
+    for line in block.splitlines()
+    if line.strip() and not line.startswith("#")
+]
 
 
 def test_the_two_commands_are_there_word_for_word():
@@ -34,7 +39,9 @@ def as_here(command: str) -> list[str]:
 def test_the_first_command_trains(tmp_path):
     words = as_here(COMMANDS[0])
     words[1] = str(ROOT / words[1])
-    no_network = {"https_proxy": "http://127.0.0.1:9"}  # a test must not fetch a dozen books from a charity each time
+    no_network = {
+        "https_proxy": "http://127.0.0.1:9"
+    }  # a test must not fetch a dozen books from a charity each time
     result = subprocess.run(
         [*words, "--max_steps", "20"],
         cwd=tmp_path,
@@ -51,8 +58,17 @@ def test_the_first_command_trains(tmp_path):
 
 
 def test_the_second_command_finds_the_tests():
-    result = subprocess.run([*as_here(COMMANDS[1]), "--collect-only"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 0 and "test_the_second_command_finds_the_tests" in result.stdout, result.stdout[-2000:]
+    result = subprocess.run(
+        [*as_here(COMMANDS[1]), "--collect-only"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0 and "test_the_second_command_finds_the_tests" in result.stdout, (
+        result.stdout[-2000:]
+    )
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
@@ -60,17 +76,23 @@ def test_every_configuration_opens_with_its_command_and_holds_known_settings(pat
     text = path.read_text(encoding="utf-8")
     head = text.split("\ndataset_name")[0]
     assert f"pretraining_advanced.py --config configs/{path.name}" in head
-    assert "not yet measured" in head or re.search(r"20\d\d-\d\d-\d\d", head), "its cost: measured, with the date, or said not to be"
+    assert "not yet measured" in head or re.search(r"20\d\d-\d\d-\d\d", head), (
+        "its cost: measured, with the date, or said not to be"
+    )
     config = from_yaml(TrainConfig, str(path))
     check(config)
     assert config.run_name == path.stem
 
 
 def test_the_file_map_names_every_script_and_part():
-    for path in [*ROOT.glob("*.py"), *(ROOT / "parts").glob("[a-z]*.py")]:
+    for path in [*ROOT.glob("*.py"), *(ROOT / "parts").glob("*/[a-z]*.py")]:
         assert f"`{path.relative_to(ROOT).as_posix()}`" in README, path.name
 
 
 def test_requirements_end_with_the_project_itself_and_pin_torch():
-    lines = [line for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [
+        line
+        for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+        if line.strip()
+    ]
     assert lines[-1] == "-e ." and "torch==2.13.0" in lines

@@ -14,9 +14,15 @@ from conftest import shared
 from test_prep import book_server
 
 from gpt_train import GPT, GPTConfig, evaluate_model
-from parts import scoring
-from parts.scoring import fetch_hellaswag, read_hellaswag, score_hellaswag, score_tokens, windows
-from parts.tokenizers import byte_tokenizer
+from parts.data.tokenizers import byte_tokenizer
+from parts.report import scoring
+from parts.report.scoring import (
+    fetch_hellaswag,
+    read_hellaswag,
+    score_hellaswag,
+    score_tokens,
+    windows,
+)
 
 CPU = torch.device("cpu")
 BYTES = byte_tokenizer()
@@ -25,7 +31,18 @@ BYTES = byte_tokenizer()
 def small_model(seed=0, **changes) -> GPT:
     """A random GPT that is sure of itself: one of the usual small weights finds all tokens alike, right or wrong."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(**{"vocab_size": 257, "block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 32, **changes})).eval()
+    model = GPT(
+        GPTConfig(
+            **{
+                "vocab_size": 257,
+                "block_size": 32,
+                "n_layer": 2,
+                "n_head": 2,
+                "n_embd": 32,
+                **changes,
+            }
+        )
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
@@ -63,7 +80,9 @@ def test_a_text_with_nothing_to_predict_is_an_error_in_plain_words(n):
 
 @pytest.mark.parametrize("stride", [-1, 0, 9])
 def test_a_stride_that_leaves_tokens_out_is_refused(stride):
-    with pytest.raises(ValueError, match=f"--stride: {stride} is not between 1 and the context length, 8"):
+    with pytest.raises(
+        ValueError, match=f"--stride: {stride} is not between 1 and the context length, 8"
+    ):
         windows(100, 8, stride)
     with pytest.raises(ValueError, match="--batch_size: 0"):
         score_tokens(small_model(), np.zeros(9, dtype=np.uint16), 8, 8, 0, CPU)
@@ -97,8 +116,14 @@ def test_the_loss_is_that_of_each_token_by_itself_in_float64(n, stride):
 
 
 def test_bits_per_byte_and_loss_are_those_of_evaluate_model():
-    model, ids = small_model(), BYTES.encode_documents(["a wind \u0434\u0443\u043b", "from the sea " * 20])
-    pairs = [(torch.tensor([ids[s:e].tolist()]), torch.tensor([ids[s + 1 : e + 1].tolist()])) for s, e, _ in windows(len(ids), 32, 32)]
+    model, ids = (
+        small_model(),
+        BYTES.encode_documents(["a wind \u0434\u0443\u043b", "from the sea " * 20]),
+    )
+    pairs = [
+        (torch.tensor([ids[s:e].tolist()]), torch.tensor([ids[s + 1 : e + 1].tolist()]))
+        for s, e, _ in windows(len(ids), 32, 32)
+    ]
     expected = evaluate_model(model, pairs, CPU, BYTES.token_bytes())
     result = score_tokens(model, ids, 32, 32, 4, CPU, BYTES.token_bytes())
     assert result == pytest.approx(expected, rel=1e-6) and set(result) == set(expected)
@@ -109,7 +134,10 @@ def test_tiny_shakespeare_has_the_same_loss_in_batches_of_1_3_and_8(tmp_path):
     BYTES.encode(text).astype(np.uint16).tofile(tmp_path / "ids.bin")
     ids = np.memmap(tmp_path / "ids.bin", dtype=np.uint16, mode="r")  # as token shards are read
     model, seen = small_model(block_size=128, n_embd=64), []
-    results = [score_tokens(model, ids, 128, 64, b, CPU, BYTES.token_bytes(), seen.append) for b in (1, 3, 8)]
+    results = [
+        score_tokens(model, ids, 128, 64, b, CPU, BYTES.token_bytes(), seen.append)
+        for b in (1, 3, 8)
+    ]
     assert sum(seen) == 3 * (len(ids) - 1) == 3 * results[0]["tokens"]
     for result in results[1:]:
         assert abs(result["loss"] - results[0]["loss"]) < 1e-6
@@ -144,11 +172,27 @@ def raw_item(n: int) -> dict:
     endings = [sentence(12) + "." for _ in range(4)]
     if n % 2:
         ctx_a = (
-            f"[header] How to {ctx_a} [title] {sentence(4)}. [step]" if n % 3 == 0 else f"[header] How to {ctx_a}  [title] {sentence(4)}."
+            f"[header] How to {ctx_a} [title] {sentence(4)}. [step]"
+            if n % 3 == 0
+            else f"[header] How to {ctx_a}  [title] {sentence(4)}."
         )
-        endings = [f"{e} [substeps] {sentence(3)}." if i % 2 else f"[step] {e}" for i, e in enumerate(endings)]
-    facts = {"ind": n, "activity_label": "Roof shingle removal", "ctx_a": ctx_a, "ctx_b": ctx_b, "ctx": f"{ctx_a} {ctx_b}".strip()}
-    source = {"split": "val", "split_type": "indomain", "endings": endings, "source_id": f"activitynet~v_{n}"}
+        endings = [
+            f"{e} [substeps] {sentence(3)}." if i % 2 else f"[step] {e}"
+            for i, e in enumerate(endings)
+        ]
+    facts = {
+        "ind": n,
+        "activity_label": "Roof shingle removal",
+        "ctx_a": ctx_a,
+        "ctx_b": ctx_b,
+        "ctx": f"{ctx_a} {ctx_b}".strip(),
+    }
+    source = {
+        "split": "val",
+        "split_type": "indomain",
+        "endings": endings,
+        "source_id": f"activitynet~v_{n}",
+    }
     return facts | source | {"label": n % 4 if n % 5 else str(n % 4)}
 
 
@@ -173,14 +217,21 @@ def plain_hellaswag(model, path, block_size) -> tuple[float, float]:
     right, right_norm, lines = 0, 0, path.read_text(encoding="utf-8").splitlines()
     for line in lines:
         raw = json.loads(line)
-        ctx = plain_preprocess(raw["activity_label"] + ": " + raw["ctx_a"] + " " + raw["ctx_b"].capitalize())
+        ctx = plain_preprocess(
+            raw["activity_label"] + ": " + raw["ctx_a"] + " " + raw["ctx_b"].capitalize()
+        )
         sums, norms = [], []
         for ending in raw["endings"]:
             ending = plain_preprocess(ending)
-            question, whole = BYTES.encode(ctx.rstrip()).tolist(), BYTES.encode(ctx + " " + ending).tolist()
+            question, whole = (
+                BYTES.encode(ctx.rstrip()).tolist(),
+                BYTES.encode(ctx + " " + ending).tolist(),
+            )
             kept, n_scored = whole[-block_size - 1 :], len(whole) - len(question)
             log_p = model(torch.tensor([kept[:-1]]))[0].log_softmax(dim=1)  # (T, V)
-            total = sum(log_p[t - 1, kept[t]].item() for t in range(len(kept) - n_scored, len(kept)))
+            total = sum(
+                log_p[t - 1, kept[t]].item() for t in range(len(kept) - n_scored, len(kept))
+            )
             sums.append(total)
             norms.append(total / len(ending))
         right += int(np.argmax(sums)) == int(raw["label"])
@@ -196,25 +247,47 @@ def test_an_item_is_cleaned_as_the_harness_does(tmp_path):
         "label": "2",
     }
     (tmp_path / "one.jsonl").write_text(json.dumps(item), encoding="utf-8")
-    expected = {"ctx": "Roof shingle removal: How to wax. Take it. ", "endings": [" x.", "y z", "a", "b"], "label": 2}
+    expected = {
+        "ctx": "Roof shingle removal: How to wax. Take it. ",
+        "endings": [" x.", "y z", "a", "b"],
+        "label": 2,
+    }
     assert read_hellaswag(tmp_path / "one.jsonl") == [expected]
 
 
 def test_hellaswag_equals_one_ending_at_a_time_in_float64_in_any_batch(hellaswag):
     items = read_hellaswag(hellaswag)
-    short = [item | {"ctx": item["ctx"][:60], "endings": [e[:40] for e in item["endings"]]} for item in items]
-    for seed, block_size, some in ((0, 320, items), (1, 64, short)):  # with all the question, and with some of it cut off
+    short = [
+        item | {"ctx": item["ctx"][:60], "endings": [e[:40] for e in item["endings"]]}
+        for item in items
+    ]
+    for seed, block_size, some in (
+        (0, 320, items),
+        (1, 64, short),
+    ):  # with all the question, and with some of it cut off
         model = small_model(seed, block_size=block_size)
         if some is short:
             hellaswag = hellaswag.with_name("short.jsonl")
-            rows = [{"activity_label": i["ctx"].split(": ")[0], "ctx_a": i["ctx"].split(": ")[1], "ctx_b": "", **i} for i in short]
+            rows = [
+                {
+                    "activity_label": i["ctx"].split(": ")[0],
+                    "ctx_a": i["ctx"].split(": ")[1],
+                    "ctx_b": "",
+                    **i,
+                }
+                for i in short
+            ]
             hellaswag.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
             some = read_hellaswag(hellaswag)
         expected = plain_hellaswag(model.double(), hellaswag, block_size)
         model.float()
         for batch_size in (1, 3, 8):
-            result = score_hellaswag(model, some, BYTES.encode, BYTES.eot, block_size, batch_size, CPU)
-            assert (result["accuracy"], result["accuracy_norm"]) == expected and result["items"] == 100
+            result = score_hellaswag(
+                model, some, BYTES.encode, BYTES.eot, block_size, batch_size, CPU
+            )
+            assert (result["accuracy"], result["accuracy_norm"]) == expected and result[
+                "items"
+            ] == 100
 
 
 def test_a_model_that_knows_the_answers_has_them_all_right():
@@ -223,7 +296,10 @@ def test_a_model_that_knows_the_answers_has_them_all_right():
     def knows(ids):
         return torch.nn.functional.one_hot(torch.full_like(ids, ord("r")), 257) * 9.0
 
-    items = [{"ctx": "q", "endings": ["rr" if i == n % 4 else "xx" for i in range(4)], "label": n % 4} for n in range(8)]
+    items = [
+        {"ctx": "q", "endings": ["rr" if i == n % 4 else "xx" for i in range(4)], "label": n % 4}
+        for n in range(8)
+    ]
     seen = []
     result = score_hellaswag(knows, items, BYTES.encode, BYTES.eot, 32, 5, CPU, seen.append)
     assert result == {"accuracy": 1.0, "accuracy_norm": 1.0, "items": 8} and sum(seen) == 32
@@ -236,7 +312,9 @@ def test_a_model_that_knows_the_answers_has_them_all_right():
 
 def test_an_ending_longer_than_the_context_is_an_error(hellaswag):
     with pytest.raises(ValueError, match=r"longest ending has \d+ tokens, this model reads 8"):
-        score_hellaswag(small_model(), read_hellaswag(hellaswag), BYTES.encode, BYTES.eot, 8, 4, CPU)
+        score_hellaswag(
+            small_model(), read_hellaswag(hellaswag), BYTES.encode, BYTES.eot, 8, 4, CPU
+        )
 
 
 GOOD = json.dumps(raw_item(0))
@@ -260,7 +338,9 @@ BAD = {
 
 @pytest.mark.parametrize("line", BAD.values(), ids=BAD.keys())
 def test_a_line_that_is_no_item_is_named(line, tmp_path):
-    (tmp_path / "bad.jsonl").write_bytes(f"{GOOD}\n{line}\n{GOOD}\n".encode("utf-8", "surrogateescape"))
+    (tmp_path / "bad.jsonl").write_bytes(
+        f"{GOOD}\n{line}\n{GOOD}\n".encode("utf-8", "surrogateescape")
+    )
     with pytest.raises(ValueError, match=r"bad\.jsonl: line 2 is no item of HellaSwag") as error:
         read_hellaswag(tmp_path / "bad.jsonl")
     assert "\n" not in str(error.value)
@@ -281,7 +361,9 @@ def test_hellaswag_is_fetched_once(hellaswag, tmp_path):
     body, path = hellaswag.read_bytes(), tmp_path / "data/hellaswag_val.jsonl"
     with book_server(lambda _: (200, len(body), body)) as (url, asked, _):
         assert fetch_hellaswag(path, url) == fetch_hellaswag(path, url) == path
-        assert len(asked) == 1 and path.read_bytes() == body and len(list(path.parent.iterdir())) == 1
+        assert (
+            len(asked) == 1 and path.read_bytes() == body and len(list(path.parent.iterdir())) == 1
+        )
 
 
 def test_what_is_not_hellaswag_or_not_whole_leaves_nothing_behind(hellaswag, tmp_path, monkeypatch):
@@ -296,20 +378,30 @@ def test_what_is_not_hellaswag_or_not_whole_leaves_nothing_behind(hellaswag, tmp
         ((200, 0, b""), "holds no items"),
         ((200, None, [b" "] * 20), "not complete after 1 s"),
     ]:
-        failing = pytest.raises(OSError, match=f"{why}.*; put HellaSwag's hellaswag_val.jsonl there")
+        failing = pytest.raises(
+            OSError, match=f"{why}.*; put HellaSwag's hellaswag_val.jsonl there"
+        )
         with book_server(lambda _, answer=answer: answer) as (url, _, _), failing as error:
             fetch_hellaswag(path, url, timeout_s=0.5, whole_s=1.0)
-        assert str(path) in str(error.value) and "\n" not in str(error.value) and not list(tmp_path.iterdir())
+        assert (
+            str(path) in str(error.value)
+            and "\n" not in str(error.value)
+            and not list(tmp_path.iterdir())
+        )
 
 
 def test_a_server_that_never_answers_costs_the_timeout(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         started = time.monotonic()
         with pytest.raises(OSError, match="no answer within|timed out"):
-            fetch_hellaswag(tmp_path / "x.jsonl", f"http://127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.3)
+            fetch_hellaswag(
+                tmp_path / "x.jsonl", f"http://127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.3
+            )
         assert time.monotonic() - started < 2
 
 
 def test_a_file_that_is_there_is_never_fetched(tmp_path):
     (tmp_path / "mine.jsonl").touch()
-    assert fetch_hellaswag(tmp_path / "mine.jsonl", "http://127.0.0.1:9/") == tmp_path / "mine.jsonl"
+    assert (
+        fetch_hellaswag(tmp_path / "mine.jsonl", "http://127.0.0.1:9/") == tmp_path / "mine.jsonl"
+    )

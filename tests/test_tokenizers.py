@@ -8,7 +8,7 @@ import pytest
 import tiktoken
 from conftest import GPT2_CACHE, shared
 
-from parts import tokenizers as T
+from parts.data import tokenizers as T
 
 
 @pytest.fixture
@@ -20,15 +20,29 @@ def gpt2(monkeypatch):
 
 @pytest.fixture(scope="module")
 def bpe():
-    return T.train_bpe(["The quick brown fox jumps over the lazy dog. The dog sleeps; the fox does not.\n\n" * 30, "naïve café"], 400)
+    return T.train_bpe(
+        [
+            "The quick brown fox jumps over the lazy dog. The dog sleeps; the fox does not.\n\n"
+            * 30,
+            "naïve café",
+        ],
+        400,
+    )
 
 
 def test_gpt2_ids_equal_tiktokens_on_tiny_shakespeare(gpt2):
     text = shared("data/reference/tinyshakespeare.txt").read_text(encoding="utf-8")
     cut = int(len(text) * 0.9)
-    assert (len(gpt2.encode(text[:cut])), len(gpt2.encode(text[cut:]))) == (301_966, 36_059)  # nanoGPT's counts
+    assert (len(gpt2.encode(text[:cut])), len(gpt2.encode(text[cut:]))) == (
+        301_966,
+        36_059,
+    )  # nanoGPT's counts
     assert np.array_equal(gpt2.encode(text), tiktoken.get_encoding("gpt2").encode_ordinary(text))
-    assert gpt2.encode("Hello world").tolist() == [15496, 995] and gpt2.eot == 50256 and gpt2.vocab_size == 50257
+    assert (
+        gpt2.encode("Hello world").tolist() == [15496, 995]
+        and gpt2.eot == 50256
+        and gpt2.vocab_size == 50257
+    )
 
 
 def test_gpt2s_own_files_load_as_a_local_tokenizer(gpt2):
@@ -55,7 +69,10 @@ def test_every_text_comes_back(kind, text, request):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids.tolist()) == text
     assert tokenizer.eot not in ids.tolist()  # the separator written out is text
-    assert tokenizer.token_bytes()[ids].sum() == len(text.encode()) and ids.max(initial=0) < tokenizer.vocab_size
+    assert (
+        tokenizer.token_bytes()[ids].sum() == len(text.encode())
+        and ids.max(initial=0) < tokenizer.vocab_size
+    )
 
 
 @pytest.mark.parametrize("kind", ["bpe", "bytes"])
@@ -81,9 +98,26 @@ def test_documents_end_with_end_of_text_exactly_once(bpe):
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
 def test_documents_encoded_together_are_documents_encoded_apart(kind, bpe):
     tokenizer = T.byte_tokenizer() if kind == "bytes" else bpe
-    plain = ["one two  ", "\n\n three's", " ", "x" * 1000, "a lone \ud800 surrogate", "naïve «Ёлка» 🎄", "<|endo", "ftext|>", ""]
-    for documents in (plain, [*plain, "text that says <|endoftext|> itself"], [" " * 1_500_000, "after"], []):
-        apart = [id for text in documents for id in (*tokenizer.encode(text).tolist(), tokenizer.eot)]
+    plain = [
+        "one two  ",
+        "\n\n three's",
+        " ",
+        "x" * 1000,
+        "a lone \ud800 surrogate",
+        "naïve «Ёлка» 🎄",
+        "<|endo",
+        "ftext|>",
+        "",
+    ]
+    for documents in (
+        plain,
+        [*plain, "text that says <|endoftext|> itself"],
+        [" " * 1_500_000, "after"],
+        [],
+    ):
+        apart = [
+            id for text in documents for id in (*tokenizer.encode(text).tolist(), tokenizer.eot)
+        ]
         together = tokenizer.encode_documents(documents)
         assert together.tolist() == apart and together.dtype == np.uint32
 
@@ -97,18 +131,33 @@ def test_saved_tokenizer_loads_here_and_in_hugging_face_with_the_same_ids(kind, 
     text = "The quick naïve fox: 12345 'tis we'll  \n\n jump 😀 Привет"
     again = T.Tokenizer.load(tmp_path)
     assert again.fingerprint == tokenizer.fingerprint and again.eot == tokenizer.eot
-    assert tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids == tokenizer.encode(text).tolist()
+    assert (
+        tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids
+        == tokenizer.encode(text).tolist()
+    )
 
 
 def test_training_a_bpe_is_repeatable_and_merges_what_is_frequent(bpe):
-    texts = ["The quick brown fox jumps over the lazy dog. The dog sleeps; the fox does not.\n\n" * 30, "naïve café"]
+    texts = [
+        "The quick brown fox jumps over the lazy dog. The dog sleeps; the fox does not.\n\n" * 30,
+        "naïve café",
+    ]
     assert T.train_bpe(texts, 400).fingerprint == bpe.fingerprint
     assert len(bpe.encode(" fox")) == 1 and bpe.vocab_size <= 400
     assert T.train_bpe([""], 300).vocab_size == 257
 
 
 def test_different_merges_have_different_fingerprints(bpe):
-    assert len({bpe.fingerprint, T.byte_tokenizer().fingerprint, T.train_bpe(["other text " * 50], 300).fingerprint}) == 3
+    assert (
+        len(
+            {
+                bpe.fingerprint,
+                T.byte_tokenizer().fingerprint,
+                T.train_bpe(["other text " * 50], 300).fingerprint,
+            }
+        )
+        == 3
+    )
 
 
 def test_auto_takes_the_small_vocabulary_on_a_cpu():
@@ -118,7 +167,9 @@ def test_auto_takes_the_small_vocabulary_on_a_cpu():
 
 
 @pytest.mark.parametrize("spec", ["gpt2", "auto"])
-def test_without_network_and_cache_a_bpe_is_trained_and_one_line_says_so(spec, monkeypatch, tmp_path, capsys):
+def test_without_network_and_cache_a_bpe_is_trained_and_one_line_says_so(
+    spec, monkeypatch, tmp_path, capsys
+):
     def refuse(*_, **__):
         raise OSError("no network here")
 
@@ -139,7 +190,9 @@ def test_a_download_that_hangs_is_given_up_in_time(monkeypatch, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("spec", ["bpe:x", "bpe:12", "bpe:99999999999", "nonsense", "gpt3", "gpt2:3"])
+@pytest.mark.parametrize(
+    "spec", ["bpe:x", "bpe:12", "bpe:99999999999", "nonsense", "gpt3", "gpt2:3"]
+)
 def test_a_spec_that_names_nothing_is_refused(spec):
     with pytest.raises((ValueError, FileNotFoundError), match="--tokenizer"):
         T.make_tokenizer(spec, ["text"])
@@ -154,9 +207,17 @@ def test_a_tokenizer_file_that_would_give_other_ids_is_refused(tmp_path, bpe):
         "shuffled": {"model": {**good["model"], "merges": good["model"]["merges"][::-1]}},
         "no model": {"model": None},
         "digits first": {
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "ByteLevel", "use_regex": True}]}
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [{"type": "Digits"}, {"type": "ByteLevel", "use_regex": True}],
+            }
         },
-        "bytes missing": {"model": {**good["model"], "vocab": {t: i for t, i in good["model"]["vocab"].items() if t not in "!#"}}},
+        "bytes missing": {
+            "model": {
+                **good["model"],
+                "vocab": {t: i for t, i in good["model"]["vocab"].items() if t not in "!#"},
+            }
+        },
     }
     for change in wrong.values():
         (tmp_path / "t.json").write_text(json.dumps({**good, **change}), encoding="utf-8")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from parts import writer
-from parts.checkpoint import list_checkpoints, save_checkpoint, verify_checkpoint
-from parts.writer import Writer
+from parts.storage import writer
+from parts.storage.checkpoint import list_checkpoints, save_checkpoint, verify_checkpoint
+from parts.storage.writer import Writer
 
 
 @pytest.fixture
@@ -33,7 +33,14 @@ def test_the_thread_writes_what_the_tensors_were(tmp_path, large):
         assert go.wait(60)
         save_checkpoint(*args)
 
-    w, t = ready(slowly), {"a": torch.arange(12.0).reshape(3, 4), "n": torch.tensor(7), "b": torch.ones(5, dtype=torch.bfloat16)}
+    w, t = (
+        ready(slowly),
+        {
+            "a": torch.arange(12.0).reshape(3, 4),
+            "n": torch.tensor(7),
+            "b": torch.ones(5, dtype=torch.bfloat16),
+        },
+    )
     then = {name: value.clone() for name, value in t.items()}
     assert w.save(tmp_path, 5, {"model.safetensors": t.items()}, {}, {}, 3)
     assert not list_checkpoints(tmp_path)  # back before it is written
@@ -43,7 +50,9 @@ def test_the_thread_writes_what_the_tensors_were(tmp_path, large):
     w.wait()
     verify_checkpoint(tmp_path / "checkpoints/step_000005")
     found = load_file(tmp_path / "checkpoints/step_000005/model.safetensors")
-    assert found.keys() == then.keys() and all(torch.equal(found[k], then[k]) and found[k].dtype == then[k].dtype for k in then)
+    assert found.keys() == then.keys() and all(
+        torch.equal(found[k], then[k]) and found[k].dtype == then[k].dtype for k in then
+    )
 
 
 @pytest.mark.parametrize("at_once", [False, True])
@@ -53,7 +62,12 @@ def test_a_disk_that_refuses_is_told(tmp_path, large, at_once):
 
     told = []
     w = ready(refuse, told)
-    assert w.save(tmp_path, 5, {"model.safetensors": [("a", torch.ones(3))]}, {}, {}, 3, at_once=at_once) is not at_once
+    assert (
+        w.save(
+            tmp_path, 5, {"model.safetensors": [("a", torch.ones(3))]}, {}, {}, 3, at_once=at_once
+        )
+        is not at_once
+    )
     w.wait()
     assert [step for step, _ in told] == [5] and "No space left" in told[0][1]
 
@@ -95,8 +109,12 @@ def test_only_copies_from_cuda_are_not_waited_for(tmp_path, large, monkeypatch):
         return copy_(self, source)
 
     monkeypatch.setattr(torch.Tensor, "copy_", record)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # a GPU that this run does not use
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("a CUDA context was made"))
+    monkeypatch.setattr(
+        torch.cuda, "is_available", lambda: True
+    )  # a GPU that this run does not use
+    monkeypatch.setattr(
+        torch.cuda, "synchronize", lambda *_: pytest.fail("a CUDA context was made")
+    )
     w = ready(save_checkpoint)
     assert w.save(tmp_path, 5, {"model.safetensors": [("a", torch.ones(3))]}, {}, {}, 3)
     w.wait()
@@ -107,7 +125,9 @@ def test_only_copies_from_cuda_are_not_waited_for(tmp_path, large, monkeypatch):
 def test_pinned_memory_is_as_large_as_what_goes_into_it(monkeypatch, large, refused):
     calls, current = [], []
     cudart = SimpleNamespace(
-        cudaHostRegister=lambda address, n_bytes, flags: calls.append(("pin", address, n_bytes)) or int(refused),
+        cudaHostRegister=lambda address, n_bytes, flags: (
+            calls.append(("pin", address, n_bytes)) or int(refused)
+        ),
         cudaHostUnregister=lambda address: calls.append(("unpin", address)),
     )
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)

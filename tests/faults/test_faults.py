@@ -14,7 +14,9 @@ import sys
 import pytest
 from conftest import ROOT, SHARED
 
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the harness leaves files to the collector
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # the harness leaves files to the collector
 
 TARGETS, MANY = ("none", "thread", "ddp", "fsdp", "galore", "muon"), ("ddp", "fsdp")
 # test -> (targets every time, targets with --nightly); what else tells them apart is in test_advanced, test_fsdp and test_optim
@@ -34,7 +36,9 @@ WHERE = {
 def pytest_generate_tests(metafunc):
     """Each test on its targets; those of the nightly run are skipped by name otherwise."""
     always, nightly = WHERE[metafunc.function.__name__]
-    skip = () if metafunc.config.getoption("--nightly") else pytest.mark.skip(reason="needs --nightly")
+    skip = (
+        () if metafunc.config.getoption("--nightly") else pytest.mark.skip(reason="needs --nightly")
+    )
     targets = [pytest.param(target, marks=() if target in always else skip) for target in nightly]
     metafunc.parametrize("bench", targets, indirect=True, scope="module")
 
@@ -98,14 +102,19 @@ def test_damaged_checkpoints(bench, n):
 
 @pytest.mark.parametrize("suite", ["mutate_cache", "concurrent"])
 def test_damaged_and_shared_caches(bench, suite, n):
-    check(getattr(bench, suite)(**{"rounds" if suite == "concurrent" else "n": n}), many=bench.t.name in MANY)
+    check(
+        getattr(bench, suite)(**{"rounds" if suite == "concurrent" else "n": n}),
+        many=bench.t.name in MANY,
+    )
 
 
 def test_a_stale_cache(bench):
     check(bench.stale_cache())
 
 
-@pytest.mark.parametrize("suite", ["inputs", "hostile", "configs", "durability", "surroundings", "archives"])
+@pytest.mark.parametrize(
+    "suite", ["inputs", "hostile", "configs", "durability", "surroundings", "archives"]
+)
 def test_hostile_files_and_places(bench, suite):
     if suite == "archives" and bench.t.name != "none":
         pytest.skip("prep_dataset.py unpacks on one process")

@@ -1,0 +1,125 @@
+"""
+What goes on inside a GPT while it reads: where its heads look, what each layer would already say, what surprises it.
+
+Every function takes a model that has the pieces of `gpt_train.GPT` (wte, wpe, h, ln_f and, unless tied, lm_head) and ids (T,)
+int64 on its device, T at most its context; it runs without gradients and leaves the model as it was. Shapes: T positions, C width,
+H heads, D head_dim, V vocabulary, L layers. `n_ids` leaves out ids that the model has and its tokenizer lacks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+@contextlib.contextmanager
+def _reading(model):
+    """Without gradients and without dropout; the model is left in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def residual_stream(model, ids) -> torch.Tensor:
+    """
+    What each position carries from layer to layer, (L + 1, T, C): [0] is the embedding, [i] what block i - 1 has left.
+
+    Raises ValueError where the text is empty or longer than the context.
+    """
+    T, longest = len(ids), model.config.block_size
+    if not 1 <= T <= longest:
+        raise ValueError(
+            f"the text has {T:,} tokens, the model reads 1 to {longest:,}; give a shorter or a longer one"
+        )
+    with _reading(model):
+        x = model.wte(ids)[None] + model.wpe(torch.arange(T, device=ids.device))  # (1, T, C)
+        stream = [x[0]]
+        for block in model.h:
+            x = block(x)
+            stream.append(x[0])
+    return torch.stack(stream)
+
+
+def attention_maps(model, ids, layer: int) -> torch.Tensor:
+    """
+    How much each position reads from each earlier one in one layer, (H, T, T) fp32: rows are the readers and add up to 1.
+
+    Computed anew from the layer's query and key, since the kernels that train never hold these probabilities.
+    """
+    block, x = model.h[layer], residual_stream(model, ids)[layer]
+    (T, C), H = x.shape, block.attn.n_head
+    with _reading(model):
+        q, k, _ = block.attn.c_attn(block.ln_1(x)).float().split(C, dim=1)  # (T, C) each
+        q, k = (a.view(T, H, C // H).transpose(0, 1) for a in (q, k))  # (H, T, D)
+        scores = q @ k.transpose(1, 2) / math.sqrt(C // H)  # (H, T, T)
+        later = torch.ones(T, T, dtype=torch.bool, device=ids.device).triu(1)
+        return scores.masked_fill(later, -math.inf).softmax(dim=2)
+
+
+def logit_lens(model, ids, n_ids: int | None = None) -> torch.Tensor:
+    """
+    Log-probabilities of the next token after the last of `ids`, as if the model ended behind each layer: (L + 1, V) fp32.
+
+    The last norm and the head are put behind every layer's residual stream; the last row is the model's own answer.
+    Source: nostalgebraist 2020, "interpreting GPT: the logit lens". Raises RuntimeError where the output is not finite.
+    """
+    x = residual_stream(model, ids)[:, -1]  # (L + 1, C)
+    with _reading(model):
+        return _finite(F.linear(model.ln_f(x), _head(model))[:, :n_ids]).float().log_softmax(dim=1)
+
+
+def token_losses(model, ids) -> torch.Tensor:
+    """How much each token but the first surprises the model, (T - 1,) fp32 nats: -log of the probability that it had been given."""
+    with _reading(model):
+        logits = _finite(model(ids[None])[0, :-1]).float()  # (T - 1, V)
+        return F.cross_entropy(logits, ids[1:], reduction="none")
+
+
+def neighbours(
+    model, token: int, k: int, n_ids: int | None = None
+) -> tuple[list[int], list[float]]:
+    """The k tokens whose embeddings point most nearly the same way as this one's, and the cosines, highest first; not itself."""
+    with torch.no_grad():
+        directions = F.normalize(model.wte.weight[:n_ids].float(), dim=1)  # (V, C)
+        cosines = directions @ directions[token]  # (V,)
+        cosines[token] = -2.0
+        best = cosines.topk(min(k, len(cosines) - 1))
+    return best.indices.tolist(), best.values.tolist()
+
+
+def _head(model) -> torch.Tensor:
+    """The (V, C) matrix that turns the stream into logits."""
+    return model.wte.weight if model.config.tied else model.lm_head.weight
+
+
+def _finite(logits):
+    if not torch.isfinite(logits).all():
+        raise RuntimeError(
+            "the model's output is not finite: its training has diverged; look at another checkpoint"
+        )
+    return logits
+
+
+# ------------------------------------------------------------------------------------------------ tokens for the eye
+
+
+def ids_of(text: str, tokenizer, longest: int, last: bool):
+    """(ids (T,) int64 of end-of-text and the text, a sentence where only its `last` or first `longest` tokens are taken, else "")."""
+    ids = torch.tensor([tokenizer.eot, *tokenizer.encode(text).tolist()])
+    if len(ids) <= longest:
+        return ids, ""
+    note = f"The text has {len(ids):,} tokens and the model reads {longest:,} at most: these are its {'last' if last else 'first'} ones."
+    return ids[-longest:] if last else ids[:longest], note
+
+
+def shown(tokenizer, token: int) -> str:
+    """A token as it can be seen: a dot for each blank, bytes that are no whole character in hexadecimal."""
+    text = tokenizer.decode_bytes([token]).decode("utf-8", errors="backslashreplace")
+    return text.replace("\n", "\\n").replace(" ", "\u00b7")

@@ -1,0 +1,106 @@
+"""What a run tells is true, or not told; and no kill between two writes loses a line."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from parts.storage.checkpoint import append_lines
+from parts.training import metrics
+from parts.training.metrics import Journal, Speed, memory_gib, peak_flops, read_metrics
+
+
+def lines(folder) -> list[dict]:
+    return [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+
+
+def test_metrics_behind_the_checkpoint_are_dropped_and_none_is_doubled(tmp_path):
+    journal = Journal(tmp_path, 0, append_lines)
+    for step in range(8):
+        journal.write({"step": step, "train_loss": step / 10})
+    journal.close()
+    with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as f:
+        f.write('{"step": 8, "tra')  # a line that a kill tore
+    journal = Journal(tmp_path, 5, append_lines)
+    assert journal.last == {"step": 5, "train_loss": 0.5}
+    assert [r["step"] for r in lines(tmp_path)] == [0, 1, 2, 3, 4, 5], (
+        "a kill right here must find all of them"
+    )
+    journal.write(
+        {"step": 5, "train_loss": 0.5}
+    )  # the loop writes the record of the step it stands at again
+    journal.write({"step": 6, "train_loss": 0.6})
+    journal.close()
+    assert [r["step"] for r in lines(tmp_path)] == list(range(7))
+
+
+def test_an_evaluation_made_after_the_resume_completes_the_record(tmp_path):
+    journal = Journal(tmp_path, 0, append_lines)
+    for step in range(4):
+        journal.write({"step": step})
+    journal.close()
+    journal = Journal(tmp_path, 3, append_lines)
+    journal.write({**journal.last, "val_loss": 1.0})
+    journal.close()
+    assert lines(tmp_path) == [{"step": 0}, {"step": 1}, {"step": 2}, {"step": 3, "val_loss": 1.0}]
+
+
+def test_speed_counts_training_alone(monkeypatch):
+    clock = iter([0.0, 2.0, 100.0, 102.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    speed = Speed(flops_per_token=10, peak=10_000.0, n_devices=2)
+    speed.start()
+    assert speed.stop(1000) == {"tokens_per_s": 500.0, "mfu": 500 * 10 / 20_000}
+    speed.start()  # 98 s of evaluation lie between
+    assert speed.stop(3000)["tokens_per_s"] == 1000.0
+
+
+PEAKS = {  # name as the driver gives it -> TFLOP/s, or unknown
+    "NVIDIA H200": 989, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H100 NVL": 835, "NVIDIA GH200 480GB": 989,
+    "NVIDIA B200": 2250, "NVIDIA GB200": 2500, "NVIDIA B300 SXM6 AC": 2250, "NVIDIA H20": 148, "NVIDIA A100-SXM4-80GB": 312,
+    "NVIDIA L40": 181, "NVIDIA L40S": 362, "NVIDIA L4": 121, "NVIDIA L20": 119, "NVIDIA A10": 125, "NVIDIA A10G": 70,
+    "NVIDIA RTX A6000": 155, "NVIDIA GeForce RTX 5090": 209, "NVIDIA GeForce RTX 4090": 165, "Tesla V100-SXM2-16GB": 125, "Tesla T4": 65,
+    "GeForce 256": None, "NVIDIA T400 4GB": None, "NVIDIA GeForce RTX 4090 Laptop GPU": None, "NVIDIA GeForce RTX 4090 D": None,
+    "NVIDIA GeForce RTX 3090 Ti": None, "NVIDIA A100-SXM4-40GB MIG 1g.5gb": None, "NVIDIA A10-24Q": None, "NVIDIA A40": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "peak"), PEAKS.items())
+def test_the_peak_is_that_of_the_device_or_none(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda"), torch.bfloat16) == (peak and peak * 1e12)
+    assert peak_flops(torch.device("cuda"), torch.float32) is None, (
+        "in fp32 the peak is another one"
+    )
+    assert peak_flops(torch.device("cpu"), torch.bfloat16) is None
+    assert Speed(10, None).peak is None
+
+
+def test_memory_is_that_of_the_process():
+    with open("/proc/self/status", encoding="utf-8") as f:
+        high = next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) / 2**20
+    assert memory_gib(torch.device("cpu")) == pytest.approx(high, rel=0.05)
+
+
+def test_wandb_waits_for_no_login(monkeypatch, tmp_path):
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert metrics.Wandb.mode() == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    assert metrics.Wandb.mode() == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert metrics.Wandb.mode() == "disabled"
+
+
+def test_reading_skips_what_is_no_record(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1}\n[1]\nnull\n{"step": "x"}\n{"step": 2}\n{"st', encoding="utf-8"
+    )
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2]
+    assert list(read_metrics(os.fspath(tmp_path / "absent"))) == []
