@@ -36,7 +36,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from parts.base.machine import DTYPES, choose_dtype, pick_device
+from parts.base.dtypes import DTYPES
+from parts.base.files import write_file
+from parts.base.machine import choose_dtype, free_memory, pick_device
+from parts.base.units import format_bytes, format_duration
 from parts.cli.config import parse
 from parts.cli.launch import error_line, run_script
 from parts.data.shards import Shards, read_index
@@ -46,9 +49,9 @@ from parts.model.losses import cross_entropy_of_head, head_bytes
 from parts.report import scoring
 from parts.report.compare import compare
 from parts.report.plots import draw_losses, draw_runs
-from parts.storage.checkpoint import load_checkpoint, newest_checkpoint, write_file
+from parts.storage.checkpoint import load_checkpoint, newest_checkpoint
 from parts.storage.formats import shape_of
-from parts.storage.writer import SMALL, free_memory
+from parts.storage.writer import SMALL
 from parts.training import plan
 from parts.training.metrics import read_metrics
 from parts.training.optim import state_bytes_of
@@ -320,7 +323,10 @@ def show_plan(
     setting = Setting(batch_size, device="cuda" if memory_gb else str(device))
     lines, fits = plan_lines(config, setting, memory_gb)
     print(
-        *lines, f"disk: {plan.gb(4 * count_parameters(config))} a checkpoint", sep="\n", flush=True
+        *lines,
+        f"disk: {format_bytes(4 * count_parameters(config))} a checkpoint",
+        sep="\n",
+        flush=True,
     )
     if memory_gb or not fits:
         return 0
@@ -339,12 +345,12 @@ def show_plan(
 
     seconds = plan.seconds_of(step)
     known = (
-        f"; {max_steps:,} steps in {plan.duration(max_steps * seconds)}"
+        f"; {max_steps:,} steps in {format_duration(max_steps * seconds)}"
         if max_steps < sys.maxsize
         else ""
     )
     print(
-        f"time: {plan.duration(seconds)} a step (measured), {ids.numel() / seconds:,.0f} tokens/s{known}, besides evaluations and samples"
+        f"time: {format_duration(seconds)} a step (measured), {ids.numel() / seconds:,.0f} tokens/s{known}, besides evaluations and samples"
     )
     return 0
 

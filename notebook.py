@@ -30,13 +30,14 @@ with app.setup:
 
     import gpt_train
     from gpt_train import SIZES, GPTConfig, Setting, count_parameters, flops_per_token
+    from parts.base.files import write_file
+    from parts.base.units import format_duration
     from parts.cli.launch import BAD_INPUT, error_line
     from parts.data.corpus import python_docs
     from parts.report import figures, interpret
-    from parts.storage.checkpoint import list_checkpoints, write_file
+    from parts.storage.checkpoint import list_checkpoints
     from parts.training.metrics import PEAK_FLOPS, read_metrics
     from parts.training.optim import learning_rate
-    from parts.training.plan import duration
 
     TRAINER = Path(gpt_train.__file__).with_name("pretraining_advanced.py")
     RUNS = Path("runs")
@@ -699,7 +700,7 @@ def _(chosen, context, device, dtype, folder, optimizer, ratio, recompute, share
                     f"{n:,}",
                     f"{each:.2e}",
                     f"{ratio.value * n:.1e}",
-                    duration(ratio.value * n * each / rate),
+                    format_duration(ratio.value * n * each / rate),
                 )
             )
         head = ["size", "parameters", "FLOPs per token", "tokens", f"time at {rate:.2g} FLOP/s"]

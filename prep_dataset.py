@@ -41,6 +41,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from parts.base.text import EOT
 from parts.cli.config import parse
 from parts.cli.launch import error_line, run_script
 from parts.cli.progress_bar import tqdm
@@ -48,8 +49,7 @@ from parts.data import corpus, gutenberg, shards
 from parts.data.archives import extract_archive, is_archive
 from parts.data.tokenizers import Tokenizer, byte_tokenizer, gpt2_tokenizer, make_tokenizer
 
-EOT_LINE = "<|endoftext|>"  # between books, alone on its line
-SEPARATOR = re.compile(rf"^{re.escape(EOT_LINE)}$", re.MULTILINE)  # inside a line it is text
+SEPARATOR = re.compile(rf"^{re.escape(EOT)}$", re.MULTILINE)  # inside a line it is text
 # A dozen classics, 7 MB: what pretraining_simple.py fetches where there is nothing to read.
 CLASSICS = (11, 35, 36, 43, 46, 74, 76, 84, 98, 345, 1342, 1661)
 
@@ -431,7 +431,7 @@ def _combine(
                     out.close()
                 n, size = n + 1, 0
                 out = open(work / f"combined_{n}.txt", "w", encoding="utf-8", newline="\n")  # noqa: SIM115
-            out.write(f"\n{EOT_LINE}\n{text}" if size else text)
+            out.write(f"\n{EOT}\n{text}" if size else text)
             size += n_bytes
             row |= {"status": "kept", "reason": book["language"], "output": f"combined_{n}.txt"}
     finally:

@@ -52,13 +52,15 @@ from gpt_train import (
     plan_lines,
     plot_run,
 )
+from parts.base.dtypes import DTYPES
+from parts.base.files import append_lines, write_file
 from parts.base.machine import (
-    DTYPES,
     attention_kernel,
     choose_dtype,
     out_of_memory,
     why_no_compiler,
 )
+from parts.base.units import format_bytes, format_duration
 from parts.cli.config import parse
 from parts.cli.launch import StopRequest, error_line, launch_facts, run_script
 from parts.cli.progress_bar import tqdm
@@ -66,13 +68,13 @@ from parts.data.batches import Prefetch, TrainBatches, cut, stir, val_batches
 from parts.data.shards import Shards, content_hash, read_index
 from parts.data.tokenizers import Tokenizer, gpt2_tokenizer, vocabulary_of
 from parts.model.losses import compile_softmax
-from parts.storage import checkpoint
+from parts.storage import checkpoint, run_folder
 from parts.storage.writer import Writer, enough_memory, offloaded_bytes
 from parts.training.engine import Parallel
 from parts.training.guard import Guard
 from parts.training.metrics import Journal, Speed, memory_gib, peak_flops
 from parts.training.optim import Optimizer, learning_rate, predicted_state_bytes, slice_like
-from parts.training.plan import duration, gb, seconds_of
+from parts.training.plan import seconds_of
 from parts.training.run_settings import DATA, must_agree, resolve_length
 from prep_dataset import SmollmConfig, prepare_tokens
 
@@ -415,13 +417,13 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
                     "--cpu_offload",
                 )
             if master:
-                checkpoint.enough_disk(
+                run_folder.enough_disk(
                     run_dir,
                     checkpoint_bytes(job, config),
                     config.keep_last,
                     config.resume == "never",
                 )
-                stack.enter_context(checkpoint.claimed(run_dir, afresh=config.resume == "never"))
+                stack.enter_context(run_folder.claimed(run_dir, afresh=config.resume == "never"))
                 found = find_checkpoint(config, run_dir)
                 state, tensors = read_checkpoint(found, config, job) if found else ({}, {})
         state = parallel.share(state if master else None)
@@ -433,7 +435,7 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
             if state:
                 must_agree(state, config, job.facts, rows_per_step)
             if master:
-                checkpoint.clear_leftovers(run_dir)
+                run_folder.clear_leftovers(run_dir)
             max_steps = config.max_steps
             if config.compile and (why := why_no_compiler(parallel.device)):
                 say(f"--compile is off: no compiler works here ({why})", parallel)
@@ -478,7 +480,7 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
                     "samples.txt",
                 ):  # of an attempt that no checkpoint is left of
                     (run_dir / name).unlink(missing_ok=True)
-            sampled = checkpoint.trim_samples(run_dir / "samples.txt", step)
+            sampled = run_folder.trim_samples(run_dir / "samples.txt", step)
             wandb = {
                 "project": config.wandb_project,
                 "name": config.run_name,
@@ -489,7 +491,7 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
                 "tensorboard": config.tensorboard,
                 "wandb": {**wandb, "folder": run_dir} if config.use_wandb else None,
             }
-            journal = Journal(run_dir, step, checkpoint.append_lines, **mirrors)
+            journal = Journal(run_dir, step, **mirrors)
             stack.callback(journal.close)
 
         def not_saved(at: int, e: OSError) -> None:
@@ -675,7 +677,7 @@ def train(job: Job, config: TrainConfig, parallel: Parallel) -> int:
                 )
                 if master:
                     journal.rewind(step)
-                    sampled = checkpoint.trim_samples(run_dir / "samples.txt", step)
+                    sampled = run_folder.trim_samples(run_dir / "samples.txt", step)
                 record = parallel.share(journal.last if master else None) | {
                     "left_out_windows": left_out
                 }
@@ -774,7 +776,7 @@ def sample(job: Job, run_dir: Path, step: int, parallel: Parallel, stop) -> None
         text = job.sample(job.model, parallel.device, asked)
     if not asked() and parallel.rank == 0:
         say(text.strip(), parallel)
-        checkpoint.append_lines(run_dir / "samples.txt", [f"--- step {step}\n{text}\n"])
+        append_lines(run_dir / "samples.txt", [f"--- step {step}\n{text}\n"])
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints, resuming
@@ -982,7 +984,7 @@ def start_run(run_dir: Path, job: Job, config: TrainConfig, parallel: Parallel) 
         "wandb_id": wandb_id,
     }
     try:
-        checkpoint.write_file(path, json.dumps(facts, indent=1).encode())
+        write_file(path, json.dumps(facts, indent=1).encode())
     except OSError as e:
         raise ValueError(
             f"--output_dir: {error_line(e)}; choose a folder that can be written"
@@ -1015,7 +1017,7 @@ def tell_what_runs(
     c, T, fits = job.facts["model_config"], config.context_length, True
     one = checkpoint_bytes(job, config)
     lines = [
-        f"disk: {gb(one)} a checkpoint, {gb(one * (config.keep_last + 2))} for those that are kept and the one being written"
+        f"disk: {format_bytes(one)} a checkpoint, {format_bytes(one * (config.keep_last + 2))} for those that are kept and the one being written"
     ]
     if isinstance(job.model, GPT):
         model_lines, fits = plan_lines(
@@ -1132,13 +1134,13 @@ def show_plan(config: TrainConfig, parallel: Parallel) -> None:
         (accum - 1) * max(0.0, seconds_of(lambda: one_step(2), mean) - seconds) if accum > 1 else 0
     )
     left = (
-        f"; {duration((config.max_steps - step) * seconds)} to the end, without evaluations"
+        f"; {format_duration((config.max_steps - step) * seconds)} to the end, without evaluations"
         if config.max_steps
         else ""
     )
     how = "measured without --compile" if config.compile else "measured"
     say(
-        f"time: {duration(seconds)} a step ({how}), {B * accum * world * T / seconds:,.0f} tokens/s{left}",
+        f"time: {format_duration(seconds)} a step ({how}), {B * accum * world * T / seconds:,.0f} tokens/s{left}",
         parallel,
     )
 

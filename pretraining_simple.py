@@ -26,7 +26,6 @@ import itertools
 import json
 import math
 import os
-import re
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -46,10 +45,13 @@ from gpt_train import (
     pick_device,
     plot_losses,
 )
+from parts.base.files import append_lines, write_file
+from parts.base.text import passage_pattern
 from parts.cli.config import parse
 from parts.cli.launch import StopRequest, error_line, run_script
 from parts.data.tokenizers import make_tokenizer, vocabulary_of
-from parts.storage.checkpoint import append_lines, move_aside, save_checkpoint, write_file
+from parts.storage.checkpoint import save_checkpoint
+from parts.storage.run_folder import move_aside
 from parts.training.plan import Setting
 from prep_dataset import load_documents
 
@@ -132,9 +134,7 @@ def split_documents(
     """
     n_chars = sum(map(len, documents))
     length = max(1, min(4000, n_chars // 100))
-    cut = re.compile(
-        rf"[\s\S]{{{length}}}(?:[\s\S]{{0,{length}}}?\n\n+|[^\n]*\n)?|[\s\S]+\Z"
-    )  # then to a blank line, or a line end
+    cut = passage_pattern(length)
     chunked = [cut.findall(text) for text in documents]
     ranks = {c: hashlib.sha256(c.encode()).digest()[:8] for chunks in chunked for c in chunks}
     limit = max(

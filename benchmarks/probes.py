@@ -26,10 +26,10 @@ from train_step import ours
 
 import gpt_train
 from gpt_train import GPTConfig, flops_per_token, memory_of, pick_device
-from parts.base.machine import DTYPES, choose_dtype
+from parts.base.dtypes import DTYPES
+from parts.base.machine import choose_dtype, free_memory
 from parts.data import corpus, shards
 from parts.data.tokenizers import EOT, Tokenizer, byte_tokenizer
-from parts.storage.writer import free_memory
 from parts.training.metrics import peak_flops, read_metrics
 from parts.training.plan import Setting
 

@@ -41,7 +41,7 @@ ROWS = [
     (
         "import hashlib",
         "imports",
-        (ADVANCED, "from parts.storage import checkpoint\n"),
+        (ADVANCED, "from parts.storage import checkpoint, run_folder\n"),
         "one small file in `parts/` for each concern: that list is a map of this table",
         "",
     ),
@@ -109,7 +109,7 @@ ROWS = [
     (
         "    B, T, run_dir = config.batch_size",
         "the run folder",
-        ("parts/storage/checkpoint.py", "def claimed("),
+        ("parts/storage/run_folder.py", "def claimed("),
         (
             "a lock, so that two runs never share a folder; the disk must have room for the "
             "checkpoints"

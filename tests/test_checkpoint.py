@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 
+from parts.base.files import append_lines, write_file
 from parts.storage import checkpoint as C
 
 
@@ -115,14 +116,14 @@ def test_a_save_that_fails_at_any_file_leaves_the_older_one_and_no_litter(
 
 
 def test_write_file_is_whole_or_not_there(tmp_path, monkeypatch):
-    C.write_file(tmp_path / "a/b.txt", b"one")
+    write_file(tmp_path / "a/b.txt", b"one")
 
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        C.write_file(tmp_path / "a/b.txt", b"two")
+        write_file(tmp_path / "a/b.txt", b"two")
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["b.txt"] and (
         tmp_path / "a/b.txt"
     ).read_bytes() == b"one"
@@ -130,9 +131,9 @@ def test_write_file_is_whole_or_not_there(tmp_path, monkeypatch):
 
 def test_lines_that_could_not_be_written_wait_for_the_next_call(tmp_path, capsys):
     lines = [{"step": 1}]
-    C.append_lines(tmp_path / "missing/m.jsonl", lines)
-    assert lines and "the run goes on" in capsys.readouterr().out
-    C.append_lines(tmp_path / "m.jsonl", lines)
+    append_lines(tmp_path / "missing/m.jsonl", lines)
+    assert lines and "the run continues" in capsys.readouterr().out
+    append_lines(tmp_path / "m.jsonl", lines)
     assert not lines and json.loads((tmp_path / "m.jsonl").read_text(encoding="utf-8")) == {
         "step": 1
     }

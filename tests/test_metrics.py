@@ -6,7 +6,6 @@ import os
 import pytest
 import torch
 
-from parts.storage.checkpoint import append_lines
 from parts.training import metrics
 from parts.training.metrics import Journal, Speed, memory_gib, peak_flops, read_metrics
 
@@ -19,13 +18,13 @@ def lines(folder) -> list[dict]:
 
 
 def test_metrics_behind_the_checkpoint_are_dropped_and_none_is_doubled(tmp_path):
-    journal = Journal(tmp_path, 0, append_lines)
+    journal = Journal(tmp_path, 0)
     for step in range(8):
         journal.write({"step": step, "train_loss": step / 10})
     journal.close()
     with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as f:
         f.write('{"step": 8, "tra')  # a line that a kill tore
-    journal = Journal(tmp_path, 5, append_lines)
+    journal = Journal(tmp_path, 5)
     assert journal.last == {"step": 5, "train_loss": 0.5}
     assert [r["step"] for r in lines(tmp_path)] == [0, 1, 2, 3, 4, 5], (
         "a kill right here must find all of them"
@@ -39,11 +38,11 @@ def test_metrics_behind_the_checkpoint_are_dropped_and_none_is_doubled(tmp_path)
 
 
 def test_an_evaluation_made_after_the_resume_completes_the_record(tmp_path):
-    journal = Journal(tmp_path, 0, append_lines)
+    journal = Journal(tmp_path, 0)
     for step in range(4):
         journal.write({"step": step})
     journal.close()
-    journal = Journal(tmp_path, 3, append_lines)
+    journal = Journal(tmp_path, 3)
     journal.write({**journal.last, "val_loss": 1.0})
     journal.close()
     assert lines(tmp_path) == [{"step": 0}, {"step": 1}, {"step": 2}, {"step": 3, "val_loss": 1.0}]

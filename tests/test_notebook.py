@@ -20,9 +20,10 @@ from conftest import ROOT, run
 from test_gpt import tiny_model
 
 from gpt_train import GPTConfig
+from parts.base.files import append_lines
 from parts.data.tokenizers import byte_tokenizer
 from parts.report import figures, interpret
-from parts.storage.checkpoint import append_lines, save_checkpoint
+from parts.storage.checkpoint import save_checkpoint
 from parts.training.metrics import Journal
 
 CHROMIUM = next(

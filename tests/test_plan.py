@@ -12,13 +12,12 @@ import torch
 from conftest import GPT2_CACHE, ROOT, TINY, one_error_line, ranks, run
 
 from gpt_train import GPT, SIZES, Block, GPTConfig, attends_in_products, count_parameters, memory_of
+from parts.base.units import format_bytes, format_duration
 from parts.training.engine import _recompute_in_backward
 from parts.training.optim import predicted_state_bytes
 from parts.training.plan import (
     Setting,
     activation_bytes,
-    duration,
-    gb,
     parameters_by_part,
     seconds_of,
     ways_to_fit,
@@ -173,7 +172,7 @@ def test_ways_out_fit_and_are_the_same_step():
 
 
 def test_figures_for_people():
-    assert [gb(n) for n in (0, 999, 1000, 12_345_678, 999_600_000, 1.493e9, 123e9)] == [
+    assert [format_bytes(n) for n in (0, 999, 1000, 12_345_678, 999_600_000, 1.493e9, 123e9)] == [
         "0 bytes",
         "999 bytes",
         "1 kB",
@@ -182,14 +181,14 @@ def test_figures_for_people():
         "1.49 GB",
         "123 GB",
     ]
-    assert [duration(s) for s in (0.123, 45, 200, 7500, 273_600)] == [
+    assert [format_duration(s) for s in (0.123, 45, 200, 7500, 273_600)] == [
         "0.12 s",
         "45 s",
         "3 min 20 s",
         "2 h 5 min",
         "3 days 4 h",
     ]
-    assert duration(90_000) == "1 day 1 h" and duration(59.7) == "1 min 0 s"
+    assert format_duration(90_000) == "1 day 1 h" and format_duration(59.7) == "1 min 0 s"
     calls = []
     assert 0 <= seconds_of(lambda: calls.append(1)) < 1 and len(calls) == 4
     assert seconds_of(lambda: calls.append(1), lambda seconds: 7.0) == 7 and len(calls) == 6, (

@@ -13,7 +13,8 @@ import sys
 
 import torch
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from parts.base.dtypes import DTYPES
+
 # Words of an error that CUDA or torch raises on the first use of a device -> what to tell people.
 WHY_NO_CUDA = {
     "not compiled with CUDA": "torch {torch} is built without CUDA; install a CUDA build",
@@ -156,3 +157,27 @@ def attention_kernel(n_head: int, head_dim: int, T: int, device, dtype, dropout:
         return "chosen by torch"
     names = {int(backend.value): name for name, backend in SDPBackend.__members__.items()}
     return names.get(choice, "unknown").lower()
+
+
+def available_memory() -> float:
+    """Bytes of memory that are free or can be freed; more than there can be where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as f:
+            return next(
+                int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable")
+            )
+    except (OSError, StopIteration):
+        return float("inf")
+
+
+def free_memory(device: str) -> tuple[float, str]:
+    """
+    (bytes that a process can have on a device such as "cuda:1", the name of the device).
+
+    The processes of one machine share the memory of its CPU.
+    """
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_name(device)
+    if device == "mps":
+        return torch.mps.recommended_max_memory(), "the GPU"
+    return available_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)), "free memory"

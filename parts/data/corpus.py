@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
+from parts.base.text import EOT, passage_pattern
+
 KINDS = {
     ".parquet": "parquet",
     ".jsonl": "json",
@@ -30,7 +32,7 @@ KINDS = {
     ".json.gz": "json",
     ".txt": "text",
 }
-EOT_LINE = "<|endoftext|>\n"
+EOT_LINE = EOT + "\n"
 CHUNK_DOCUMENTS, CHUNK_CHARS = 64, 1 << 20  # what one thread tokenises at once
 PIECE_CHARS = 1 << 20  # a text file without separators is read in pieces of this size
 HUB_TIMEOUT_S = 10
@@ -41,7 +43,7 @@ GONE = (
     NotADirectoryError,
 )  # what waiting does not mend
 # Books are cut here, so that validation gets passages of them and not whole ones: 4,000 characters, on to a blank line.
-PASSAGE = re.compile(r"[\s\S]{4000}(?:[\s\S]{0,4000}?\n\n+|[^\n]*\n)?|[\s\S]+\Z")
+PASSAGE = passage_pattern(4000)
 
 
 def parse_subsets(subset: str | None) -> list[tuple[str | None, float]]:

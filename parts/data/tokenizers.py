@@ -28,7 +28,8 @@ import numpy as np
 import regex  # tiktoken needs it, too
 import tiktoken
 
-EOT = "<|endoftext|>"
+from parts.base.text import EOT
+
 # GPT-2 merges only inside these pieces: contractions, words, numbers, punctuation, white space.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 # The same pattern in brackets: tiktoken's engine tries whatever stands beside a look-ahead branch by branch, a group without one at once.

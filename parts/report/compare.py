@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from parts.base.units import format_duration
+
 MOST_RUNS = 8  # more curves are no longer told apart by their colours
 MOST_POINTS = 2000  # of one curve
 SPEED_STEPS = 50  # tokens_per_s of a record is that of so many steps, itself the last of them
@@ -83,7 +85,7 @@ class Run:
             "  bits per byte": f"{best['bits']:.4f}" if best.get("bits") else "-",
             "last training loss": f"{self.last_loss:.4f}" if self.last_loss is not None else "-",
             "tokens/s (median)": f"{self.tokens_per_s:,.0f}" if self.tokens_per_s else "-",
-            "time in training steps": _duration(self.seconds) if self.tokens_per_s else "-",
+            "time in training steps": format_duration(self.seconds) if self.tokens_per_s else "-",
             "highest memory, GiB": f"{self.memory_gib:.2f}" if self.memory_gib else "-",
         }
 
@@ -309,10 +311,3 @@ def _xy(curve: Curve, by_tokens: bool) -> tuple[list, list]:
     points = [(tokens if by_tokens else step, loss) for step, tokens, loss in curve.points]
     points = [(x, loss) for x, loss in points if x is not None]
     return [x for x, _ in points], [loss for _, loss in points]
-
-
-def _duration(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {s} s" if minutes else f"{seconds:.1f} s"
-    return f"{minutes // 60} h {minutes % 60} min"

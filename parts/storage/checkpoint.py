@@ -14,9 +14,7 @@ the older checkpoints as they were. Reading compares the hashes first: no common
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -27,70 +25,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-DTYPES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-}  # torch's names, safetensors' names
-DTYPES |= {"int64": "I64", "int32": "I32", "uint8": "U8", "bool": "BOOL"}
+from parts.base.dtypes import SAFETENSORS_NAMES
+from parts.base.files import add_file_name, make_folder, read_json, rename_durably, sha256_of
 
-
-def _fsync(path: Path) -> None:
-    if os.name == "nt":  # Windows syncs neither folders nor files that are open for reading
-        return
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _name(e: BaseException, path: Path) -> None:
-    """A failed write does not say which file it was for; a message must."""
-    if isinstance(e, OSError) and e.strerror and not e.filename:
-        e.filename = str(path)
-
-
-def write_file(path, data: bytes) -> None:
-    """Write a small file whole or not at all: `.part` beside it, fsync, rename, fsync of the folder. Raises OSError."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(data)
-        _fsync(part)
-        os.replace(part, path)
-        _fsync(path.parent)
-    except BaseException as e:
-        part.unlink(missing_ok=True)
-        _name(e, path)
-        raise
-
-
-def append_lines(path, lines: list) -> None:
-    """
-    Add lines (dicts as JSON) to a text file and empty the list. A disk that refuses costs a warning, not the run; what
-    could not be written stays in the list for the next call.
-    """
-    size = os.path.getsize(path) if os.path.exists(path) else 0
-    try:
-        with open(path, "a", encoding="utf-8") as f:
-            f.write(
-                "".join(
-                    (line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines
-                )
-            )
-        lines.clear()
-    except OSError as e:
-        if os.path.exists(path):
-            os.truncate(path, size)  # half a line would make the rest unreadable
-        print(f"warning: {path}: {e.strerror}; the run goes on", flush=True)
+DAMAGED = "the checkpoint is damaged, use another one"
 
 
 def _write(path: Path, parts) -> dict:
@@ -114,7 +52,7 @@ def _as_safetensors(named: dict):
     }
     header, start = {}, 0
     for name, t in tensors.items():
-        dtype = DTYPES[str(t.dtype).removeprefix("torch.")]
+        dtype = SAFETENSORS_NAMES[t.dtype]
         header[name] = {
             "dtype": dtype,
             "shape": list(t.shape),
@@ -138,7 +76,7 @@ def save_checkpoint(
     it cannot be written, and then nothing is left of it and the older checkpoints are untouched.
     """
     parent = Path(run_dir) / "checkpoints"
-    parent.mkdir(parents=True, exist_ok=True)
+    make_folder(parent)
     target, part = parent / f"step_{step:06d}", parent / f".step_{step:06d}.part"
     try:
         shutil.rmtree(part, ignore_errors=True)  # of an attempt that was killed
@@ -152,15 +90,12 @@ def save_checkpoint(
         _write(
             part / "MANIFEST.json", [json.dumps({"version": 1, "files": listed}, indent=1).encode()]
         )
-        _fsync(part)
         if target.exists():
             shutil.rmtree(target)
-        os.rename(part, target)
-        for folder in (parent, parent.parent):
-            _fsync(folder)
+        rename_durably(part, target)
     except BaseException as e:
         shutil.rmtree(part, ignore_errors=True)
-        _name(e, target)
+        add_file_name(e, target)
         raise
     older = [
         folder
@@ -170,101 +105,6 @@ def save_checkpoint(
     for old in older[: max(len(older) - keep_last + 1, 0)]:
         shutil.rmtree(old, ignore_errors=True)
     return target
-
-
-@contextlib.contextmanager
-def claimed(run_dir, afresh: bool):
-    """
-    The run folder for this process alone. With `afresh` an earlier run in it is moved aside. Where the run then does not
-    begin, so that there is no run.json, nothing of ours is left in it. Raises ValueError where it cannot be had.
-    """
-    from filelock import Timeout
-
-    run_dir = Path(run_dir)
-    if run_dir.resolve() == Path.cwd():
-        raise ValueError(
-            f"--output_dir: {run_dir} is the current folder; name another one for the run"
-        )
-    created = not run_dir.exists()
-    try:
-        lock = _lock(run_dir)
-        if afresh:
-            lock.release()
-            if earlier := move_aside(run_dir):
-                print(f"the earlier run is kept as {earlier}", flush=True)
-            lock = _lock(run_dir)
-    except Timeout as e:
-        raise ValueError(
-            f"--output_dir: {run_dir} belongs to a run that is going on; wait for it, or choose another --run_name"
-        ) from e
-    except OSError as e:
-        raise ValueError(
-            f"--output_dir: {e.filename or run_dir}: {e.strerror}; choose a folder that can be written"
-        ) from e
-    try:
-        yield
-    finally:
-        if not (run_dir / "run.json").exists():
-            (run_dir / ".lock").unlink(missing_ok=True)
-        lock.release()
-        if created and run_dir.is_dir() and not any(run_dir.iterdir()):
-            run_dir.rmdir()
-
-
-def clear_leftovers(run_dir) -> None:
-    """Delete what an attempt that was killed left half written, by its names: other files in the folder are the user's."""
-    for name in ("run.json", "metrics.jsonl", "samples.txt", "loss.png"):
-        (Path(run_dir) / f"{name}.part").unlink(missing_ok=True)
-    for part in Path(run_dir).glob("checkpoints/.step_*.part"):
-        shutil.rmtree(part) if part.is_dir() else part.unlink()
-
-
-def _lock(run_dir: Path):
-    from filelock import FileLock
-
-    run_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run_dir / ".lock")
-    lock.acquire(timeout=0)
-    return lock
-
-
-def enough_disk(run_dir, one: int, keep_last: int, afresh: bool) -> None:
-    """Raises ValueError where the disk has no room for the checkpoints that will be kept, of `one` byte count each, and the next one."""
-    run_dir = Path(run_dir)
-    there = (
-        0
-        if afresh
-        else sum(f.stat().st_size for f in run_dir.glob("checkpoints/step_*/*") if f.is_file())
-    )
-    nearest = next(p for p in (run_dir, *run_dir.resolve().parents) if p.is_dir())
-    need, free = one * (keep_last + 2) - there, shutil.disk_usage(nearest).free
-    if need > free:
-        what = f"{keep_last + 2} checkpoints of {one / 1e9:.2f} GB need {need / 1e9:.2f} GB, the disk has {free / 1e9:.2f}"
-        raise ValueError(
-            f"--output_dir: {run_dir}: {what}; free some space, lower --keep_last, or choose another folder"
-        )
-
-
-def move_aside(run_dir) -> Path | None:
-    """Rename a run folder that holds a run to the next free name (runs/simple-1), and return that; None where there is none."""
-    run_dir = Path(run_dir)
-    if not any((run_dir / name).exists() for name in ("run.json", "metrics.jsonl", "checkpoints")):
-        return None
-    free = (run_dir.with_name(f"{run_dir.name}-{n}") for n in itertools.count(1))
-    return run_dir.rename(next(path for path in free if not path.exists()))
-
-
-def trim_samples(path: Path, step: int) -> int | None:
-    """Take samples behind `step` out of samples.txt (an attempt that was killed made them); returns the step of the last one left."""
-    if not path.exists():
-        return None
-    text = path.read_text(encoding="utf-8", errors="replace")
-    heads = list(re.finditer(r"^--- step (\d+)$", text, re.MULTILINE))
-    behind = next((head for head in heads if int(head[1]) > step), None)
-    if behind:
-        write_file(path, text[: behind.start()].encode())
-    kept = heads[: heads.index(behind)] if behind else heads
-    return int(kept[-1][1]) if kept else None
 
 
 def list_checkpoints(run_dir) -> list[Path]:
@@ -282,27 +122,11 @@ def step_of(folder) -> int:
     return int(Path(folder).name.removeprefix("step_"))
 
 
-def _json_object(path: Path) -> dict:
-    """What a JSON file holds. Raises ValueError naming it: missing, not a file (a pipe would be waited for), not JSON, no object."""
-    way_out = "the checkpoint is damaged, use another one"
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: missing, or not a file; {way_out}")
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as e:
-        raise ValueError(
-            f"{path}: not readable as JSON ({' '.join(str(e).split())[:150]}); {way_out}"
-        ) from e
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: holds no JSON object; {way_out}")
-    return found
-
-
 def verify_checkpoint(folder) -> None:
     """Compare every file with the manifest. Raises ValueError naming the first that differs, or that it does not list."""
     folder = Path(folder)
     manifest = folder / "MANIFEST.json"
-    files = _json_object(manifest).get("files")
+    files = read_json(manifest, DAMAGED).get("files")
     if not isinstance(files, dict) or not all(
         isinstance(e, dict) and {"bytes", "sha256"} <= e.keys() for e in files.values()
     ):
@@ -329,7 +153,7 @@ def verify_checkpoint(folder) -> None:
                 f"{str(path)[:500]}: missing, or not a file; the checkpoint is damaged, use another one"
             )
         try:
-            if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+            if path.stat().st_size != entry["bytes"] or sha256_of(path) != entry["sha256"]:
                 raise ValueError(
                     f"{path}: differs from its MANIFEST.json; the file is damaged, use another checkpoint"
                 )
@@ -376,7 +200,7 @@ def load_tensors(path) -> dict:
 def read_state(folder) -> dict:
     """The trainer state of a checkpoint folder. Raises ValueError where it is none, or holds what cannot be told or gone on from."""
     path = Path(folder) / "trainer_state.json"
-    state = _json_object(path)
+    state = read_json(path, DAMAGED)
     kinds = {"step": int, "tokens": int, "model_config": dict, "config": dict, "best": dict | None}
     best = state.get("best") or {"step": 0, "val_loss": 0.0}
     wrong = [

@@ -4,11 +4,12 @@ Checkpoints written while the training goes on: it stands still for a copy of th
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 
 import torch
+
+from parts.base.machine import available_memory
 
 SMALL = 64e6  # bytes: what is written while the training waits, which takes less than a second
 
@@ -110,30 +111,6 @@ def pin(room, device) -> bool:
         return False
     weakref.finalize(room, cudart.cudaHostUnregister, address)
     return True
-
-
-def available_memory() -> float:
-    """Bytes of memory that are free or can be freed; more than there can be where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as f:
-            return next(
-                int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable")
-            )
-    except (OSError, StopIteration):
-        return float("inf")
-
-
-def free_memory(device: str) -> tuple[float, str]:
-    """
-    (bytes that a process can have on a device such as "cuda:1", the name of the device).
-
-    The processes of one machine share the memory of its CPU.
-    """
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_name(device)
-    if device == "mps":
-        return torch.mps.recommended_max_memory(), "the GPU"
-    return available_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)), "free memory"
 
 
 def offloaded_bytes(n_weights: list[int], world: int, pinned: bool) -> int:

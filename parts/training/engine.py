@@ -29,16 +29,9 @@ import sys
 import torch
 from torch.utils.checkpoint import checkpoint
 
-DTYPES = [
-    torch.float32,
-    torch.float64,
-    torch.float16,
-    torch.bfloat16,
-    torch.int64,
-    torch.int32,
-    torch.uint8,
-    torch.bool,
-]
+from parts.base.dtypes import SAFETENSORS_NAMES
+
+DTYPES = list(SAFETENSORS_NAMES)  # what can be in a checkpoint, by number
 
 
 class Parallel:

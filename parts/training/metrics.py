@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from parts.base.files import append_lines
+
 # Dense bf16/fp16 operations per second with fp32 sums, from the makers' data sheets. A key matches
 # a device whose name contains all its words; of several keys the one with the most words counts.
 PEAK_FLOPS = {
@@ -118,22 +120,17 @@ class Journal:
     A disk that refuses costs a warning, not the run. `write` is cheap: lines reach the disk once a second and with `flush`.
     """
 
-    def __init__(
-        self, run_dir, step: int, append_lines, tensorboard: bool = False, wandb: dict | None = None
-    ):
-        self.path, self.append_lines, self.lines, self.flushed = (
-            Path(run_dir) / "metrics.jsonl",
-            append_lines,
-            [],
-            time.monotonic(),
-        )
+    def __init__(self, run_dir, step: int, tensorboard: bool = False, wandb: dict | None = None):
+        self.path = Path(run_dir) / "metrics.jsonl"
+        self.lines = []  # not written yet
+        self.flushed = time.monotonic()
         self.rewind(step)
         self.board = _tensorboard(Path(run_dir) / "tensorboard", step) if tensorboard else None
         self.wandb = Wandb(**wandb) if wandb else None
 
     def rewind(self, step: int) -> None:
         """Drop what lies behind that step, whose record is the one to go on from."""
-        self.append_lines(self.path, self.lines)
+        append_lines(self.path, self.lines)
         self.last, self.found = {"step": step}, False
         if self.path.exists():
             self._rewrite(step, None)
@@ -186,7 +183,7 @@ class Journal:
 
     def flush(self) -> None:
         """Everything so far is in the file."""
-        self.append_lines(self.path, self.lines)
+        append_lines(self.path, self.lines)
         if self.board:
             self.board.flush()
         self.flushed = time.monotonic()

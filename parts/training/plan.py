@@ -11,6 +11,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 
+from parts.base.units import format_bytes
+
 BYTES = {
     "fp32": 4,
     "bf16": 2,
@@ -170,31 +172,6 @@ def ways_to_fit(s: Setting, limit: float, peak_of) -> list[str]:
     return ways
 
 
-def gb(n_bytes: float) -> str:
-    """Bytes for people, three digits: "1.49 GB", "12.3 MB", "840 kB"."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n_bytes >= 0.9995 * size:
-            return (
-                f"{n_bytes / size:.3g} {unit}"
-                if n_bytes < 999.5 * size
-                else f"{n_bytes / size:,.0f} {unit}"
-            )
-    return f"{n_bytes:.0f} bytes"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people, two units: "45 s", "3 min 20 s", "2 h 5 min", "3 days 4 h"."""
-    s = round(seconds)
-    for unit, size, smaller, of in (
-        ("days", 86400, "h", 3600),
-        ("h", 3600, "min", 60),
-        ("min", 60, "s", 1),
-    ):
-        if s >= size:
-            return f"{s // size} {unit if s >= 2 * size or unit != 'days' else 'day'} {s % size // of} {smaller}"
-    return f"{seconds:.2g} s"
-
-
 def seconds_of(
     call, of_all=lambda seconds: seconds, at_most_s: float = 20.0, times: int = 3
 ) -> float:
@@ -219,14 +196,18 @@ def memory_lines(
 ) -> list[str]:
     """Two lines for people: parameters by part; memory by part against the `limit` bytes of the device `where`, and what would fit."""
     by_part = ", ".join(f"{name} {n:,}" for name, n in parameters_by_part(config).items())
-    bytes_by_part = ", ".join(f"{name} {gb(n)}" for name, n in parts.items() if name != "peak")
+    bytes_by_part = ", ".join(
+        f"{name} {format_bytes(n)}" for name, n in parts.items() if name != "peak"
+    )
     lines = [f"parameters: {count_parameters(config):,} ({by_part})"]
     verdict = (
-        f"fits the {gb(limit)} of {where}"
+        f"fits the {format_bytes(limit)} of {where}"
         if parts["peak"] <= limit
-        else f"does NOT fit the {gb(limit)} of {where}"
+        else f"does NOT fit the {format_bytes(limit)} of {where}"
     )
-    lines.append(f"memory: at most {gb(parts['peak'])} at one time, {verdict} ({bytes_by_part})")
+    lines.append(
+        f"memory: at most {format_bytes(parts['peak'])} at one time, {verdict} ({bytes_by_part})"
+    )
     if parts["peak"] > limit:
         none = "no flag makes it fit: take a smaller model, or --parallel fsdp on several devices"
         lines.append(

@@ -1,0 +1,20 @@
+"""Number formats and the names they have: on our command line, in a safetensors file."""
+
+from __future__ import annotations
+
+import torch
+
+# --dtype -> format of the factors of matrix products; weights, sums and losses are always fp32
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# format of a tensor in a checkpoint -> its name in a safetensors file
+SAFETENSORS_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}

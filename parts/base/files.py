@@ -1,0 +1,104 @@
+"""
+Files that survive a kill and a power cut: write under a temporary name, fsync, rename, fsync the folder.
+
+    write_file(path, data)               one small file, whole or not at all
+    rename_durably(part, target)         a finished file or folder gets its final name
+    append_lines(path, lines)            a log; a full disk costs a warning, not the run
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+
+def fsync(path) -> None:
+    """Make a file or folder durable. Raises OSError."""
+    if os.name == "nt":  # Windows syncs neither folders nor files that are open for reading
+        return
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def rename_durably(part, target) -> None:
+    """Give a finished file or folder its final name: fsync it, rename it, fsync the folder it is in."""
+    fsync(part)
+    os.replace(part, target)
+    fsync(Path(target).parent)
+
+
+def make_folder(path) -> None:
+    """Create a folder and its parents, each of them durable. Raises OSError."""
+    path = Path(path)
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        fsync(folder.parent)
+
+
+def add_file_name(e: BaseException, path) -> None:
+    """Set the file name of an OSError that has none: a failed write does not name its file."""
+    if isinstance(e, OSError) and e.strerror and not e.filename:
+        e.filename = str(path)
+
+
+def write_file(path, data: bytes) -> None:
+    """Write a small file whole or not at all, through `.part` beside it. Raises OSError."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        make_folder(path.parent)
+        part.write_bytes(data)
+        rename_durably(part, path)
+    except BaseException as e:
+        part.unlink(missing_ok=True)
+        add_file_name(e, path)
+        raise
+
+
+def append_lines(path, lines: list) -> None:
+    """
+    Append lines (dicts as JSON) to a text file and empty the list.
+
+    If the disk refuses, print a warning and keep the lines in the list for the next call.
+    """
+    size = os.path.getsize(path) if os.path.exists(path) else 0
+    text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    try:
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(text)
+        lines.clear()
+    except OSError as e:
+        if os.path.exists(path):
+            os.truncate(path, size)  # half a line would make the rest unreadable
+        print(f"warning: {path}: {e.strerror}; the run continues", flush=True)
+
+
+def sha256_of(path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def read_json(path, fix: str = "") -> dict:
+    """
+    The JSON object in a file. Raises ValueError that names the file and ends with `fix`, what to do.
+
+    Refuses anything that is not a regular file: reading a pipe would wait forever.
+    """
+    fix = f"; {fix}" if fix else ""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: missing, or not a file{fix}")
+    try:
+        found = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as e:
+        reason = " ".join(str(e).split())[:150]
+        raise ValueError(f"{path}: not readable as JSON ({reason}){fix}") from e
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds no JSON object{fix}")
+    return found
