@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from conftest import one_error_line
+from test_advanced import home  # noqa: F401  a fixture
 from test_advanced import (
     environment,
     metrics,
@@ -21,7 +22,7 @@ from test_advanced import (
     stop,
     tensors,
     train,
-)  # noqa: F401  home is a fixture
+)
 
 import gpt_train
 from pretraining_advanced import TrainConfig, gpt_job
