@@ -11,9 +11,9 @@ import time
 import pytest
 import torch
 from conftest import one_error_line
-from test_advanced import home  # noqa: F401  a fixture
 from test_advanced import (
     environment,
+    home,  # noqa: F401  a fixture
     metrics,
     ranks_of,
     running,

@@ -1,24 +1,27 @@
 """
-A checkpoint on disk: a folder that is either whole or not there. Knows no model.
+A checkpoint on disk: a folder that is either complete or not there. Knows no model.
 
     runs/simple/checkpoints/step_000500/
         model.safetensors      weights
-        optimizer.safetensors  what the optimizer remembers (of runs that can be resumed)
-        tokenizer.json         what the weights were trained with
+        optimizer.safetensors  the optimizer's state (of runs that can be resumed)
+        tokenizer.json         the tokenizer the weights were trained with
         trainer_state.json     step, tokens, configuration
         MANIFEST.json          bytes and sha256 of each file above, written last
 
-Writing goes to a hidden folder beside it, is fsynced, and is renamed when complete, so a kill or a full disk leaves
-the older checkpoints as they were. Reading compares the hashes first: no common weight format notices a flipped bit.
+A checkpoint is written to a hidden folder beside it, fsynced, and renamed when complete, so a kill
+or a full disk leaves the older checkpoints as they were. Reading compares the hashes first: no
+common weight format detects a flipped bit.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+import string
 from pathlib import Path
 
 import torch
@@ -29,10 +32,13 @@ from parts.base.dtypes import SAFETENSORS_NAMES
 from parts.base.files import add_file_name, make_folder, read_json, rename_durably, sha256_of
 
 DAMAGED = "the checkpoint is damaged, use another one"
+DEFAULT_NAME = "step_{step:06d}"  # of a checkpoint folder
+WEIGHTS_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
 
 
 def _write(path: Path, parts) -> dict:
-    """Write buffers one after the other, down to the disk; returns {"bytes", "sha256"} for the manifest."""
+    """Write and fsync buffers one after the other; returns the manifest's {"bytes", "sha256"}."""
     digest, size = hashlib.sha256(), 0
     with open(path, "wb") as f:
         for part in parts:
@@ -45,7 +51,7 @@ def _write(path: Path, parts) -> dict:
 
 
 def _as_safetensors(named: dict):
-    """The buffers of a safetensors file: length of the header, header, then each tensor's bytes where they lie."""
+    """The buffers of a safetensors file: length of the header, header, bytes of each tensor."""
     tensors = {
         k: t.detach().cpu().contiguous()
         for k, t in sorted(named.items(), key=lambda item: (-item[1].element_size(), item[0]))
@@ -67,29 +73,35 @@ def _as_safetensors(named: dict):
 
 
 def save_checkpoint(
-    run_dir, step: int, tensors: dict, state: dict, files: dict[str, bytes], keep_last: int, keep=()
+    run_dir,
+    step: int,
+    tensors: dict,
+    state: dict,
+    files: dict[str, bytes],
+    keep_last: int,
+    keep=(),
+    name: str = DEFAULT_NAME,
 ) -> Path:
     """
-    Write `run_dir/checkpoints/step_NNNNNN` and drop all but the newest `keep_last` and the steps in `keep`; returns the folder.
+    Write `run_dir/checkpoints/NAME` and delete older checkpoints; returns the folder.
 
-    tensors: file name -> {name: tensor}; state: JSON values; files: name -> bytes, kept beside them. Raises OSError where
-    it cannot be written, and then nothing is left of it and the older checkpoints are untouched.
+    tensors: file name -> {name: tensor}. state: JSON values. files: name -> bytes, kept beside
+    them. The newest `keep_last` and those of the steps in `keep` stay. Raises OSError if it cannot
+    be written; then nothing is left of it, and the older checkpoints are untouched.
     """
     parent = Path(run_dir) / "checkpoints"
     make_folder(parent)
-    target, part = parent / f"step_{step:06d}", parent / f".step_{step:06d}.part"
+    target = parent / name.format(step=step)
+    part = parent / f".{target.name}.part"
     try:
         shutil.rmtree(part, ignore_errors=True)  # of an attempt that was killed
         part.mkdir()
-        contents = {name: _as_safetensors(named) for name, named in tensors.items()}
-        contents |= {
-            "trainer_state.json": [json.dumps(state, indent=1).encode()],
-            **{name: [data] for name, data in files.items()},
-        }
-        listed = {name: _write(part / name, contents[name]) for name in sorted(contents)}
-        _write(
-            part / "MANIFEST.json", [json.dumps({"version": 1, "files": listed}, indent=1).encode()]
-        )
+        contents = {file: _as_safetensors(named) for file, named in tensors.items()}
+        contents["trainer_state.json"] = [json.dumps(state, indent=1).encode()]
+        contents |= {file: [data] for file, data in files.items()}
+        listed = {file: _write(part / file, contents[file]) for file in sorted(contents)}
+        manifest = json.dumps({"version": 1, "files": listed}, indent=1).encode()
+        _write(part / "MANIFEST.json", [manifest])
         if target.exists():
             shutil.rmtree(target)
         rename_durably(part, target)
@@ -99,74 +111,111 @@ def save_checkpoint(
         raise
     older = [
         folder
-        for folder in list_checkpoints(run_dir)
-        if folder != target and step_of(folder) not in keep
+        for folder in list_checkpoints(run_dir, name)
+        if folder != target and step_of(folder, name) not in keep
     ]
     for old in older[: max(len(older) - keep_last + 1, 0)]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
 
-def list_checkpoints(run_dir) -> list[Path]:
-    """Checkpoint folders of a run, oldest first. A copy under a name of your own is not one of them, nor ever deleted."""
-    found = [
-        f
-        for f in Path(run_dir).glob("checkpoints/step_*")
-        if f.is_dir() and re.fullmatch(r"step_\d+", f.name)
-    ]
-    return sorted(found, key=step_of)
+# ------------------------------------------------------------------------------------ names
 
 
-def step_of(folder) -> int:
-    """The step in a checkpoint folder's name."""
-    return int(Path(folder).name.removeprefix("step_"))
+def name_of_run(run_dir) -> str:
+    """The pattern of a run's checkpoint names, from its run.json; the default if it says none."""
+    with contextlib.suppress(ValueError):
+        name = read_json(Path(run_dir) / "run.json").get("checkpoint_name")
+        check_name(name)
+        return name
+    return DEFAULT_NAME
+
+
+def check_name(name) -> str:
+    """
+    The regular expression of a pattern such as "step_{step:06d}", with the step as its group.
+
+    Raises ValueError unless it is a file name with {step} in it once.
+    """
+    regex, n_steps = "", 0
+    with contextlib.suppress(ValueError, TypeError, KeyError, IndexError):
+        for text, field, _, _ in string.Formatter().parse(name):
+            regex += re.escape(text)
+            if field == "step":
+                regex += r"(\d+)"
+                n_steps += 1
+        example = name.format(step=7)  # refuses any other field
+        plain = Path(example).name == example and not example.startswith(".")
+        match = re.fullmatch(regex, example)
+        if plain and n_steps == 1 and match and int(match[1]) == 7:
+            return regex
+    raise ValueError(f"checkpoint_name: {name!r}: give a file name with {{step}}, {DEFAULT_NAME}")
+
+
+def list_checkpoints(run_dir, name: str | None = None) -> list[Path]:
+    """
+    Checkpoint folders of a run, oldest first.
+
+    name: the pattern of their names; None: as run.json says. A copy under another name is not one
+    of them, and is never deleted.
+    """
+    name = name or name_of_run(run_dir)
+    regex = check_name(name)
+    found = Path(run_dir).glob("checkpoints/*")
+    found = [f for f in found if re.fullmatch(regex, f.name) and f.is_dir()]
+    return sorted(found, key=lambda folder: step_of(folder, name))
+
+
+def step_of(folder, name: str | None = None) -> int:
+    """The step in a checkpoint folder's name. Raises ValueError if the name has none."""
+    folder = Path(folder)
+    match = re.fullmatch(check_name(name or name_of_run(folder.parent.parent)), folder.name)
+    if not match:
+        raise ValueError(f"{folder}: its name has no step")
+    return int(match[1])
+
+
+# ---------------------------------------------------------------------------------- reading
 
 
 def verify_checkpoint(folder) -> None:
-    """Compare every file with the manifest. Raises ValueError naming the first that differs, or that it does not list."""
+    """Compare every file with the manifest. Raises ValueError naming the first that differs."""
     folder = Path(folder)
     manifest = folder / "MANIFEST.json"
     files = read_json(manifest, DAMAGED).get("files")
     if not isinstance(files, dict) or not all(
-        isinstance(e, dict) and {"bytes", "sha256"} <= e.keys() for e in files.values()
+        isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in files.values()
     ):
-        raise ValueError(
-            f"{manifest}: has no list of files with bytes and sha256; the checkpoint is damaged, use another one"
-        )
+        raise ValueError(f"{manifest}: has no list of files with bytes and sha256; {DAMAGED}")
     if odd := [name for name in files if Path(name).name != name]:
-        raise ValueError(
-            f"{manifest}: names {odd[0][:200]!r}, which is no file beside it; the checkpoint is damaged, use another one"
-        )
-    for name in (
-        "model.safetensors",
-        "trainer_state.json",
-        "tokenizer.json",
-    ):  # what is read: a short list would make it unverified
-        if name not in files and os.path.lexists(folder / name):
-            raise ValueError(
-                f"{folder / name}: is not in MANIFEST.json; the checkpoint is damaged, use another one"
-            )
+        raise ValueError(f"{manifest}: names {odd[0][:200]!r}, not a file beside it; {DAMAGED}")
+    # a file that is read, but not listed, would be read unverified
+    read = {"trainer_state.json", "tokenizer.json"} | {f.name for f in folder.glob("*.safetensors")}
+    for name in sorted(read - files.keys()):
+        if os.path.lexists(folder / name):
+            raise ValueError(f"{folder / name}: is not in MANIFEST.json; {DAMAGED}")
     for name, entry in files.items():
         path = folder / name
-        if not os.path.isfile(path):  # to read a pipe would be to wait for it
-            raise ValueError(
-                f"{str(path)[:500]}: missing, or not a file; the checkpoint is damaged, use another one"
-            )
+        if not os.path.isfile(path):  # reading a pipe would wait forever
+            raise ValueError(f"{str(path)[:500]}: missing, or not a file; {DAMAGED}")
         try:
-            if path.stat().st_size != entry["bytes"] or sha256_of(path) != entry["sha256"]:
-                raise ValueError(
-                    f"{path}: differs from its MANIFEST.json; the file is damaged, use another checkpoint"
-                )
+            same = path.stat().st_size == entry["bytes"] and sha256_of(path) == entry["sha256"]
         except OSError as e:
-            raise ValueError(
-                f"{path}: {e.strerror}; the checkpoint is damaged, use another one"
-            ) from e
+            raise ValueError(f"{path}: {e.strerror}; {DAMAGED}") from e
+        if not same:
+            raise ValueError(f"{path}: differs from its MANIFEST.json; {DAMAGED}")
+    if "trainer_state.json" in files:
+        resumable = "optimizer_numbers" in read_json(folder / "trainer_state.json", DAMAGED)
+        if resumable and OPTIMIZER_FILE not in files:
+            raise ValueError(f"{manifest}: does not list {OPTIMIZER_FILE}; {DAMAGED}")
 
 
 def newest_checkpoint(path) -> Path:
     """
-    The checkpoint folder meant by `path`: itself, or the newest undamaged one of a run folder (a damaged newer one is
-    named on the way). Raises FileNotFoundError where there is none, ValueError where all are damaged.
+    The checkpoint folder meant by `path`: itself, or the newest undamaged one of a run folder.
+
+    Prints a warning for each damaged one. Raises FileNotFoundError if there is none, ValueError if
+    all are damaged.
     """
     path = Path(path)
     if os.path.lexists(path / "MANIFEST.json"):
@@ -185,7 +234,8 @@ def newest_checkpoint(path) -> Path:
             print(f"warning: {e}", flush=True)
             problem = e
     raise ValueError(
-        f"{path}: all {len(candidates)} checkpoints are damaged ({problem}); train again, in another folder"
+        f"{path}: all {len(candidates)} checkpoints are damaged ({problem}); "
+        "train again, in another folder"
     )
 
 
@@ -198,27 +248,40 @@ def load_tensors(path) -> dict:
 
 
 def read_state(folder) -> dict:
-    """The trainer state of a checkpoint folder. Raises ValueError where it is none, or holds what cannot be told or gone on from."""
+    """The trainer state of a checkpoint folder. Raises ValueError if it is missing or wrong."""
     path = Path(folder) / "trainer_state.json"
     state = read_json(path, DAMAGED)
-    kinds = {"step": int, "tokens": int, "model_config": dict, "config": dict, "best": dict | None}
-    best = state.get("best") or {"step": 0, "val_loss": 0.0}
-    wrong = [
+    kinds = {
+        "step": int,
+        "tokens": int,
+        "model_config": dict,
+        "config": dict,
+        "best": dict | None,
+        "weights_file": str,
+    }
+    wrong = [] if "step" in state else ["step"]
+    wrong += [
         name for name, kind in kinds.items() if name in state and not isinstance(state[name], kind)
     ]
-    if (
-        "step" not in state
-        or wrong
-        or not (isinstance(best.get("step"), int) and isinstance(best.get("val_loss"), int | float))
-    ):
-        what = f"its {wrong[0] if wrong else 'best' if 'step' in state else 'step'} is missing or of the wrong type"
+    best = state.get("best") or {"step": 0, "val_loss": 0.0}
+    if not wrong and not isinstance(best.get("step"), int):
+        wrong = ["best"]
+    if not wrong and not isinstance(best.get("val_loss"), int | float):
+        wrong = ["best"]
+    if wrong:
         raise ValueError(
-            f"{path}: {what}; not a checkpoint of this project, or damaged: use another one"
+            f"{path}: its {wrong[0]} is missing or of the wrong type; not a checkpoint of this "
+            "project, or damaged: use another one"
         )
     return state
 
 
 def load_checkpoint(folder) -> tuple[dict, dict]:
-    """Weights (memory-mapped) and trainer state of a checkpoint folder that was verified. Raises ValueError."""
+    """(weights, trainer state) of a verified checkpoint folder; the weights are memory-mapped."""
     state = read_state(folder)
-    return load_tensors(Path(folder) / "model.safetensors"), state
+    file = state.get("weights_file", WEIGHTS_FILE)
+    if Path(file).name != file:
+        raise ValueError(
+            f"{folder}: its weights_file is {file[:200]!r}, not a file in it; {DAMAGED}"
+        )
+    return load_tensors(Path(folder) / file), state

@@ -1,5 +1,8 @@
 """
-The folder of a run: claimed by one process at a time, cleaned of what a killed attempt left behind.
+The folder of a run: claimed by one process at a time, cleaned of what a killed attempt left.
+
+    runs/simple/
+        run.json  metrics.jsonl  samples.txt  loss.png  checkpoints/
 """
 
 from __future__ import annotations
@@ -11,13 +14,17 @@ import shutil
 from pathlib import Path
 
 from parts.base.files import make_folder, write_file
+from parts.base.units import format_bytes
+from parts.storage.checkpoint import list_checkpoints
 
 
 @contextlib.contextmanager
 def claimed(run_dir, afresh: bool):
     """
-    The run folder for this process alone. With `afresh` an earlier run in it is moved aside. Where the run then does not
-    begin, so that there is no run.json, nothing of ours is left in it. Raises ValueError where it cannot be had.
+    Hold the run folder for this process alone.
+
+    With `afresh` an earlier run in it is moved aside. If the run does not start, so that there is
+    no run.json, nothing of ours is left in the folder. Raises ValueError if it cannot be had.
     """
     from filelock import Timeout
 
@@ -36,11 +43,12 @@ def claimed(run_dir, afresh: bool):
             lock = _lock(run_dir)
     except Timeout as e:
         raise ValueError(
-            f"--output_dir: {run_dir} belongs to a run that is going on; wait for it, or choose another --run_name"
+            f"--output_dir: {run_dir} is in use by another run; wait for it to end, "
+            "or choose another --run_name"
         ) from e
     except OSError as e:
         raise ValueError(
-            f"--output_dir: {e.filename or run_dir}: {e.strerror}; choose a folder that can be written"
+            f"--output_dir: {e.filename or run_dir}: {e.strerror}; choose a writable folder"
         ) from e
     try:
         yield
@@ -52,14 +60,6 @@ def claimed(run_dir, afresh: bool):
             run_dir.rmdir()
 
 
-def clear_leftovers(run_dir) -> None:
-    """Delete what an attempt that was killed left half written, by its names: other files in the folder are the user's."""
-    for name in ("run.json", "metrics.jsonl", "samples.txt", "loss.png"):
-        (Path(run_dir) / f"{name}.part").unlink(missing_ok=True)
-    for part in Path(run_dir).glob("checkpoints/.step_*.part"):
-        shutil.rmtree(part) if part.is_dir() else part.unlink()
-
-
 def _lock(run_dir: Path):
     from filelock import FileLock
 
@@ -69,25 +69,42 @@ def _lock(run_dir: Path):
     return lock
 
 
-def enough_disk(run_dir, one: int, keep_last: int, afresh: bool) -> None:
-    """Raises ValueError where the disk has no room for the checkpoints that will be kept, of `one` byte count each, and the next one."""
+def clear_leftovers(run_dir) -> None:
+    """Delete half-written files of a killed attempt, by name: other files are the user's."""
     run_dir = Path(run_dir)
-    there = (
-        0
-        if afresh
-        else sum(f.stat().st_size for f in run_dir.glob("checkpoints/step_*/*") if f.is_file())
-    )
+    for name in ("run.json", "metrics.jsonl", "samples.txt", "loss.png"):
+        (run_dir / f"{name}.part").unlink(missing_ok=True)
+    for part in (*run_dir.glob("checkpoints/.*.part"), *run_dir.glob("export/.*.part")):
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink()
+
+
+def enough_disk(run_dir, n_bytes: int, keep_last: int, afresh: bool) -> None:
+    """
+    Raises ValueError if the disk has no room for the checkpoints of a run.
+
+    n_bytes: of one checkpoint. Room is needed for the `keep_last` newest, the best, and the one
+    being written; those that exist already count, unless the run begins `afresh`.
+    """
+    run_dir = Path(run_dir)
+    present = 0
+    if not afresh:
+        files = (f for folder in list_checkpoints(run_dir) for f in folder.iterdir())
+        present = sum(f.stat().st_size for f in files if f.is_file())
     nearest = next(p for p in (run_dir, *run_dir.resolve().parents) if p.is_dir())
-    need, free = one * (keep_last + 2) - there, shutil.disk_usage(nearest).free
+    need, free = n_bytes * (keep_last + 2) - present, shutil.disk_usage(nearest).free
     if need > free:
-        what = f"{keep_last + 2} checkpoints of {one / 1e9:.2f} GB need {need / 1e9:.2f} GB, the disk has {free / 1e9:.2f}"
         raise ValueError(
-            f"--output_dir: {run_dir}: {what}; free some space, lower --keep_last, or choose another folder"
+            f"--output_dir: {run_dir}: {keep_last + 2} checkpoints of {format_bytes(n_bytes)} need "
+            f"{format_bytes(need)}, the disk has {format_bytes(free)}; free some space, lower "
+            "--keep_last, or choose another folder"
         )
 
 
 def move_aside(run_dir) -> Path | None:
-    """Rename a run folder that holds a run to the next free name (runs/simple-1), and return that; None where there is none."""
+    """Rename a run folder to the next free name (runs/simple-1); None if it holds no run."""
     run_dir = Path(run_dir)
     if not any((run_dir / name).exists() for name in ("run.json", "metrics.jsonl", "checkpoints")):
         return None
@@ -96,13 +113,18 @@ def move_aside(run_dir) -> Path | None:
 
 
 def trim_samples(path: Path, step: int) -> int | None:
-    """Take samples behind `step` out of samples.txt (an attempt that was killed made them); returns the step of the last one left."""
+    """
+    Drop samples of later steps than `step` from samples.txt: a killed attempt made them.
+
+    Returns the step of the last sample that is left, None if there is none.
+    """
     if not path.exists():
         return None
     text = path.read_text(encoding="utf-8", errors="replace")
     heads = list(re.finditer(r"^--- step (\d+)$", text, re.MULTILINE))
-    behind = next((head for head in heads if int(head[1]) > step), None)
-    if behind:
-        write_file(path, text[: behind.start()].encode())
-    kept = heads[: heads.index(behind)] if behind else heads
+    kept = [head for head in heads if int(head[1]) <= step]
+    later = next((head for head in heads if int(head[1]) > step), None)
+    if later:
+        kept = heads[: heads.index(later)]
+        write_file(path, text[: later.start()].encode())
     return int(kept[-1][1]) if kept else None

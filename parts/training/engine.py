@@ -1,27 +1,26 @@
 """
-One process or many: the few verbs the training loop knows, the same for none | ddp | fsdp.
+How a model runs on one process or many: the verbs that the training loop knows, the same for all.
 
     none   one process
-    ddp    each process has the whole model, and gradients are averaged while they are computed (Li et al. 2020)
-    fsdp   weights, gradients and optimizer state lie in slices on all processes, and a block is put together while it is
-           computed (torch's fully_shard; Rajbhandari et al. 2020): for models that fit on no single device
+    ddp    each process has the whole model; gradients are averaged while they are computed
+           (Li et al. 2020, "PyTorch Distributed")
+    fsdp   weights, gradients and optimizer state are sharded over the processes, and a block is
+           gathered while it is computed (torch's fully_shard; Rajbhandari et al. 2020, ZeRO)
 
-    with Parallel("auto", "auto", "auto") as parallel:
-        model, optimizer = parallel.prepare(model, blocks, make_optimizer)
-        with parallel.sync(model, last=True): parallel.backward(loss)
-        loss, grad_norm = parallel.read(loss, optimizer)
-        parallel.step(optimizer, grad_norm, max_norm)
+    engine = ENGINES["none"](ranks, torch.float32)
+    engine.prepare(model, blocks, make_optimizer)
+    total = engine.accumulate(loss_fn, batch, n_targets, last=True)
+    loss = engine.read(total)
+    norm, applied = engine.step(lr, max_norm, veto=False)
 
-Started by torchrun, which sets RANK, WORLD_SIZE and LOCAL_RANK; NCCL between GPUs, gloo between CPUs, and gloo for the few
-numbers that the ranks agree on, so that no GPU has to wait for them.
+An engine owns its optimizer, the loss scale of fp16, clipping and gathering. A subclass of Engine
+in the table of `run` is a choice of --parallel.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
-import json
 import math
 import os
 import sys
@@ -29,297 +28,167 @@ import sys
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from parts.base.dtypes import SAFETENSORS_NAMES
+from parts.training.optim import slice_like
+from parts.training.ranks import Ranks
 
-DTYPES = list(SAFETENSORS_NAMES)  # what can be in a checkpoint, by number
+FIRST_LOSS_SCALE = 2.0**15
+STEPS_BETWEEN_SCALES = 2000  # without an overflow, after which the loss scale is doubled
 
 
-class Parallel:
-    """Where this process stands among the others, its device and its arithmetic. A context manager: leaving it closes the group."""
+class Engine:
+    """
+    One process, and what all engines share.
 
-    def __init__(self, kind: str, device, dtype: torch.dtype):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device, self.dtype, self.wrapped = device, dtype, None
-        if kind == "none" and self.world > 1:
-            raise ValueError(
-                f"--parallel none: torchrun started {self.world} processes; leave the flag out, or start with python"
-            )
-        if kind == "ddp" and "RANK" not in os.environ:
-            raise ValueError(
-                "--parallel ddp: start with torchrun --nproc_per_node N pretraining_advanced.py ..."
-            )
-        if kind == "fsdp" and "RANK" not in os.environ:
-            raise ValueError(
-                "--parallel fsdp: slices a model over several processes; start two with torchrun --nproc_per_node 2, or leave it out"
-            )
-        self.kind = "fsdp" if kind == "fsdp" else "none" if self.world == 1 else "ddp"
-        self.lockstep = (
-            self.kind == "fsdp"
-        )  # a forward pass needs all ranks, also in evaluation and sampling
-        self.exchanging = (
-            self.lockstep
-        )  # the others wait for this rank's part: too late to do the step again
-        self.loss_scale = {"scale": 2.0**15, "good": 0} if dtype == torch.float16 else None
-        if self.kind != "none":
-            import torch.distributed as dist  # here: one process does without
+    lockstep: a forward pass needs all ranks, also in evaluation and sampling.
+    exchanging: the exchange of this step has begun on the other ranks, so that this rank cannot
+    start the step again, for example with smaller micro-batches.
+    """
 
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            try:
-                dist.init_process_group(
-                    backend, device_id=device if device.type == "cuda" else None
-                )
-            except RuntimeError as e:
-                raise ValueError(_why_no_group(e, device)) from e
+    name = "none"
+    needs_torchrun = False
+    lockstep = False
 
-    def __enter__(self) -> Parallel:
-        return self
-
-    def __exit__(self, kind, *_) -> None:
-        if self.kind != "none":
-            import torch.distributed as dist
-
-            self.wrapped = None  # before the group: DDP's reducer otherwise outlives it, and the process aborts at times
-            if kind is None:
-                dist.destroy_process_group()
-
-    # ------------------------------------------------------------------------------------------------- agreeing
-
-    def all_sum(self, values: list[float]) -> list[float]:
-        """Each value summed over all ranks, in fp64; all ranks get the same bits."""
-        if self.world == 1:
-            return [float(v) for v in values]
-        import torch.distributed as dist
-
-        tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor)
-        return tensor.tolist()
-
-    @contextlib.contextmanager
-    def agree(self):
-        """What fails here on one rank ends all of them, with one message: that of the lowest rank that failed."""
-        error = None
-        try:
-            yield
-        except (ValueError, OSError, RuntimeError) as e:
-            error = e
-        failed = self.all_sum(
-            [float(error is not None and r == self.rank) for r in range(self.world)]
-        )
-        if error and not any(failed[: self.rank]):
-            raise error
-        if any(failed):
-            raise SystemExit(2)
-
-    def same(self, facts: dict, way_out: str) -> None:
-        """Raises ValueError, on all ranks, where these JSON values are not those of rank 0 on every rank."""
-        digest = int.from_bytes(
-            hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()[:6], "big"
-        )  # fp64 holds it exactly
-        digests = self.all_sum([digest * (r == self.rank) for r in range(self.world)])
-        if wrong := [r for r in range(self.world) if digests[r] != digests[0]]:
-            raise ValueError(
-                f"rank {wrong[0]} has other data or another tokenizer than rank 0; {way_out}"
-            )
-
-    def share(self, state: dict | None) -> dict:
-        """Rank 0's JSON values, on all ranks: only one of them needs to see the disk."""
-        if self.world == 1:
-            return state
-        text = (
-            torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
-            if self.rank == 0
-            else None
-        )
-        return json.loads(self._broadcast(text).numpy().tobytes())
-
-    def shared(self, tensors: dict | None):
-        """Rank 0's (name, tensor) pairs, on all ranks, one at a time: no other rank ever holds all of them."""
-        if self.world == 1:
-            yield from tensors.items()
-            return
-        for name in self.share(list(tensors) if self.rank == 0 else None):
-            yield name, self._broadcast(tensors[name] if self.rank == 0 else None)
-
-    def _broadcast(self, tensor):
-        """Rank 0's tensor (on the CPU), on all ranks."""
-        import torch.distributed as dist
-
-        code = torch.zeros(
-            12, dtype=torch.int64
-        )  # which dtype, how many dimensions, the dimensions
-        if self.rank == 0:
-            code[: 2 + tensor.ndim] = torch.tensor(
-                [DTYPES.index(tensor.dtype), tensor.ndim, *tensor.shape]
-            )
-        dist.broadcast(code, 0)
-        kind, n_dims, *shape = code.tolist()
-        tensor = (
-            tensor.contiguous()
-            if self.rank == 0
-            else torch.empty(shape[:n_dims], dtype=DTYPES[kind])
-        )
-        dist.broadcast(tensor, 0)
-        return tensor
-
-    def gathered(self, named: dict):
-        """
-        (name, tensor) pairs as a checkpoint holds them, on rank 0: whole, one at a time. Under fsdp the others have to
-        go through them too, and get none.
-        """
-        for name, tensor in named.items():
-            tensor = _whole(tensor) if self.lockstep or self.rank == 0 else None
-            if self.rank == 0:
-                yield name, tensor
-
-    # ------------------------------------------------------------------------------------------------- training
+    def __init__(self, ranks: Ranks, dtype: torch.dtype):
+        self.ranks, self.dtype = ranks, dtype
+        self.model = None  # the model to call, perhaps wrapped
+        self.optimizer = None
+        self.norm = math.nan  # of the gradient of this step, before clipping
+        self.exchanging = self.lockstep
+        self.loss_scale = None
+        if dtype == torch.float16:
+            self.loss_scale = {"scale": FIRST_LOSS_SCALE, "good": 0}
 
     def building(self):
-        """Around the making of the model. Under fsdp only rank 0 gives it memory; the others get their slices of it in `prepare`."""
-        return (
-            torch.device("meta") if self.kind == "fsdp" and self.rank else contextlib.nullcontext()
-        )
+        """The context in which a job makes its model."""
+        return contextlib.nullcontext()
 
     def prepare(
         self,
         model,
-        blocks,
+        blocks: tuple,
         make_optimizer,
-        activation_checkpointing=False,
-        compile_blocks=False,
-        cpu_offload=False,
-    ):
+        *,
+        activation_checkpointing: bool = False,
+        compile_blocks: bool = False,
+        cpu_offload: bool = False,
+        reshard: bool = True,
+        replicate: int = 1,
+    ) -> None:
         """
-        (model to call, optimizer) of a plain model: activation checkpointing, compile per block, device, optimizer, wrap.
+        Make a plain model ready to train, in this order: activation checkpointing and compile per
+        block, device, optimizer, wrapper.
 
-        cpu_offload: under fsdp the slices and the optimizer stay in the memory of the CPU, and a block's weights travel when needed.
-
-        The plain model stays what it was, with its own names: it is the one to save, to evaluate and to sample from.
+        make_optimizer(model) -> parts.training.optim.Optimizer. `blocks` are classes. The plain
+        model keeps its names: it is the one to save, to evaluate and to sample from.
+        cpu_offload, reshard and replicate: see Sharded. Raises ValueError for options that this
+        engine does not have.
         """
+        self.refuse(cpu_offload=cpu_offload, reshard=not reshard, replicate=replicate != 1)
+        self.wrap_blocks(model, blocks, activation_checkpointing, compile_blocks)
+        model.to(self.ranks.device)
+        self.finish(model, make_optimizer, activation_checkpointing)
+
+    def refuse(self, **options: bool) -> None:
+        """Raises ValueError for the first option that is on: only fsdp has it."""
+        for option in (name for name, on in options.items() if on):
+            raise ValueError(
+                f"--{option}: needs --parallel fsdp, this is {self.name}; "
+                "start with torchrun, or leave it out"
+            )
+
+    def wrap_blocks(self, model, blocks, activation_checkpointing, compile_blocks) -> None:
+        """Activation checkpointing, then compile, on each block of the model."""
         for block in (m for m in model.modules() if isinstance(m, tuple(blocks))):
             if activation_checkpointing:
-                _recompute_in_backward(block)
+                recompute_in_backward(block)
             if compile_blocks:
-                block.compile(
-                    dynamic=False
-                )  # a new shape would otherwise change the kernels of the old one
-        if compile_blocks and self.kind == "ddp":
-            # Dynamo would split each block where a gradient bucket is full
-            torch._dynamo.config.optimize_ddp = False
-        if cpu_offload and self.device.type == "cuda":
-            # the optimizer computes on the CPU, and torchrun gives each rank one thread
-            torch.set_num_threads(max(torch.get_num_threads(), cores_per_rank()))
-        if self.kind == "fsdp":
-            self._slice(model, blocks, cpu_offload)
-        else:
-            model.to(self.device)
-        if self.device.type == "cpu":
-            keep_freed_memory(
-                not activation_checkpointing
-            )  # which asks for less memory, not for speed
-        optimizer = make_optimizer(model)
-        if self.kind != "ddp":
-            return model, optimizer
-        from torch.nn.parallel import DistributedDataParallel
+                # dynamic: a new shape would otherwise change the kernels of the earlier one
+                block.compile(dynamic=False)
 
-        model.register_forward_hook(
-            lambda *_: setattr(self, "exchanging", self.wrapped.require_backward_grad_sync)
-        )
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        # find_unused_parameters keeps the gradient buckets as they are; DDP otherwise orders them anew after the first
-        # backward, and from 3 ranks up a resumed run would add in another order than the straight one
-        options = {"find_unused_parameters": True, "broadcast_buffers": False}
-        options |= {"gradient_as_bucket_view": True}  # no second copy of the gradients
-        self.wrapped = DistributedDataParallel(model, device_ids=ids, **options)
-        return self.wrapped, optimizer
+    def finish(self, model, make_optimizer, activation_checkpointing: bool) -> None:
+        """The optimizer of a model that is on its device, and the model to call."""
+        if self.ranks.device.type == "cpu":
+            # activation checkpointing asks for less memory, not for speed
+            keep_freed_memory(not activation_checkpointing)
+        self.optimizer = make_optimizer(model)
+        self.model = self.wrap(model)
 
-    def _slice(self, model, blocks, cpu_offload: bool) -> None:
-        """Lay the weights in slices on all ranks, block by block, so that no device ever holds the whole model."""
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
-        from torch.distributed.tensor import distribute_tensor
+    def wrap(self, model):
+        """The model to call in training."""
+        return model
 
-        mesh = init_device_mesh(self.device.type, (self.world,))
-        policy = (
-            CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
-            if cpu_offload
-            else OffloadPolicy()
-        )
-        whole = (
-            {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
-            if self.rank == 0
-            else {}
-        )
-        for module in (*(m for m in model.modules() if isinstance(m, tuple(blocks))), model):
-            fully_shard(module, mesh=mesh, offload_policy=policy)
-        home = torch.device("cpu") if cpu_offload else self.device
-        model.to(home) if self.rank == 0 else model.to_empty(device=home)
-        for name, tensor in (
-            *model.named_parameters(),
-            *model.named_buffers(),
-        ):  # what the others have is empty still
-            value = self._broadcast(whole.pop(name, None)).to(self.device)
-            if hasattr(tensor, "placements"):
-                tensor.data.to_local().copy_(
-                    distribute_tensor(value, mesh, tensor.placements, src_data_rank=None).to_local()
-                )
-            else:
-                tensor.copy_(value)
-
-    @contextlib.contextmanager
-    def sync(self, model, last: bool):
-        """Around forward and backward of a micro-batch: autocast, and gradients are exchanged with the last one only."""
-        self.exchanging = self.lockstep
-        if self.kind == "fsdp":
-            model.set_requires_gradient_sync(last)
-        with model.no_sync() if self.kind == "ddp" and not last else contextlib.nullcontext():
-            yield
+    # ------------------------------------------------------------------------------ one step
 
     def autocast(self):
         """
-        Products in bf16 or fp16 where that was chosen; weights, sums and losses stay fp32.
+        Context for matrix products in bf16 or fp16; weights, sums and losses stay fp32.
 
-        Autocast's cache is off: it would keep a 16-bit copy of every weight until the end of the
+        Autocast's cache is off. It would keep a 16-bit copy of every weight until the end of the
         forward pass, also in evaluation and under activation checkpointing (2.9 GB for 1558M). Each
         weight is used once, so nothing is cast twice.
         """
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype, cache_enabled=False)
+        return torch.autocast(self.ranks.device.type, self.dtype, cache_enabled=False)
 
-    def backward(self, loss) -> None:
-        """Add the gradients of a loss; DDP divides by the number of ranks, so the loss comes multiplied by it."""
-        (loss * self.scale).backward()
-
-    def read(self, loss, optimizer) -> tuple[float, float]:
+    def accumulate(self, loss_fn, batch: dict, n_targets: float, last: bool) -> torch.Tensor:
         """
-        (summed loss of this rank, norm of the whole gradient before clipping), after the last
-        backward pass of a step.
+        Add the gradient of one micro-batch; returns its summed loss, detached, on the device.
 
-        The only read of a GPU in a step. Under fsdp the ranks add up their parts of the norm here.
+        The gradient is that of the loss divided by n_targets, the targets of the whole step on all
+        ranks. Ranks exchange gradients with the `last` micro-batch. Forward and backward both run
+        in here: DDP decides in the forward pass whether the backward pass exchanges.
         """
-        grads = [p.grad for p in optimizer.names if p.grad is not None]
-        norm = _whole(torch.nn.utils.get_total_norm(grads))
-        loss, norm = torch.stack((loss, norm.to(loss.device))).tolist()
-        return loss, norm / self.scale
+        self.exchanging = self.lockstep
+        with self.synchronisation(last):
+            with self.autocast():
+                loss = loss_fn(self.model, batch)
+            # DDP and fully_shard divide by the number of ranks, which must not change the sum
+            (loss * (self.ranks.world / n_targets) * self.scale).backward()
+        return loss.detach()
 
-    def step(self, optimizer, norm: float, max_norm: float | None, apply: bool = True) -> None:
-        """
-        Unscale, clip the gradient, whose norm `read` gave, to max_norm, update, clear.
+    def synchronisation(self, last: bool):
+        """Context of forward and backward in which gradients are exchanged only if `last`."""
+        return contextlib.nullcontext()
 
-        Without `apply`, or where the norm is not finite, nothing is updated.
+    def discard(self) -> None:
+        """Drop the gradients accumulated so far."""
+        self.optimizer.zero_grad()
+
+    def read(self, total) -> float:
         """
-        finite = math.isfinite(norm)
-        if apply and finite:
-            optimizer.step(
-                grad_scale=self.scale * max(1.0, (norm + 1e-6) / max_norm if max_norm else 1.0)
-            )
-        optimizer.zero_grad()
+        The summed loss of this rank as a number, after the last micro-batch of a step.
+
+        The only read of a GPU in a step, so the norm of the gradient comes with it. Under fsdp the
+        ranks add up their parts of the norm here.
+        """
+        grads = [p.grad for p in self.optimizer.names if p.grad is not None]
+        norm = whole(torch.nn.utils.get_total_norm(grads))
+        loss, norm = torch.stack((total, norm.to(total.device))).tolist()
+        self.norm = norm / self.scale
+        return loss
+
+    def step(self, lr: float, max_norm: float, veto: bool = False) -> tuple[float, bool]:
+        """
+        Clip the gradient to max_norm (0: do not), update the weights, drop the gradient.
+
+        Returns (norm of the gradient before clipping, whether the weights were updated). Nothing is
+        updated with `veto`, or if the norm is not finite.
+        """
+        finite = math.isfinite(self.norm)
+        applied = finite and not veto
+        if applied:
+            clip = max(1.0, (self.norm + 1e-6) / max_norm) if max_norm else 1.0
+            self.optimizer.set_lr(lr)
+            self.optimizer.step(grad_scale=self.scale * clip)
+        self.discard()
         if self.loss_scale and not finite:
             self.loss_scale |= {"scale": self.loss_scale["scale"] / 2, "good": 0}
         elif self.loss_scale:
             self.loss_scale["good"] += 1
-            if self.loss_scale["good"] % 2000 == 0:
+            if self.loss_scale["good"] % STEPS_BETWEEN_SCALES == 0:
                 self.loss_scale["scale"] *= 2
+        return self.norm, applied
 
     @property
     def scale(self) -> float:
@@ -331,23 +200,222 @@ class Parallel:
         """Whether an overflow is only fp16 looking for its loss scale, not a fault."""
         return self.loss_scale is not None and self.loss_scale["scale"] >= 1
 
+    # ---------------------------------------------------------------------------- checkpoints
 
-def _whole(tensor):
+    def whole(self, named: dict):
+        """(name, whole tensor) pairs on rank 0, one at a time; other ranks must exhaust it too."""
+        if self.ranks.rank == 0:
+            yield from named.items()
+
+    def state(self) -> tuple[dict, dict]:
+        """(named tensors, JSON values) of optimizer and loss scale; the tensors go to `whole`."""
+        tensors, numbers = self.optimizer.state_dict()
+        return tensors, {"optimizer_numbers": numbers, "loss_scale": self.loss_scale}
+
+    def state_names(self) -> set[str]:
+        """Names of the optimizer tensors that a checkpoint must have."""
+        return self.optimizer.expected()
+
+    def load(self, weights: dict, tensors: dict, numbers: dict, with_optimizer: bool) -> None:
+        """
+        Put weights, optimizer and loss scale where a checkpoint has them.
+
+        weights: the model's own tensors by name. tensors: a checkpoint's, of weights and optimizer,
+        on rank 0. numbers: JSON values of `state`, on all ranks. Without `with_optimizer` the
+        optimizer starts anew.
+        """
+        for name, tensor in self.ranks.share_tensors(tensors):
+            if name in weights:
+                own = weights[name]
+                with torch.no_grad():
+                    own.copy_(slice_like(own, tensor.to(self.ranks.device)))
+            elif with_optimizer:
+                self.optimizer.load_state_dict({name: tensor})
+        if with_optimizer:
+            self.optimizer.load_state_dict(numbers["optimizer_numbers"])
+        self.loss_scale = self.loss_scale and (numbers["loss_scale"] or self.loss_scale)
+
+
+class Replicated(Engine):
+    """ddp: the whole model on each process."""
+
+    name = "ddp"
+    needs_torchrun = True
+
+    def wrap_blocks(self, model, blocks, activation_checkpointing, compile_blocks) -> None:
+        """As Engine.wrap_blocks."""
+        super().wrap_blocks(model, blocks, activation_checkpointing, compile_blocks)
+        if compile_blocks:
+            # Dynamo would split each block where a gradient bucket is full
+            torch._dynamo.config.optimize_ddp = False
+
+    def wrap(self, model):
+        """The model inside DistributedDataParallel."""
+        from torch.nn.parallel import DistributedDataParallel
+
+        model.register_forward_hook(self._on_forward)
+        device = self.ranks.device
+        wrapped = DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            # keeps the gradient buckets fixed. DDP otherwise reorders them after the first
+            # backward, and from 3 ranks on a resumed run would add in another order
+            find_unused_parameters=True,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,  # no second copy of the gradients
+        )
+        # DDP's reducer must not outlive the group, or the process sometimes aborts
+        self.ranks.before_closing.append(self._release)
+        return wrapped
+
+    def _on_forward(self, *_) -> None:
+        self.exchanging = self.model.require_backward_grad_sync
+
+    def _release(self) -> None:
+        self.model = None
+
+    def synchronisation(self, last: bool):
+        """As Engine.synchronisation."""
+        return contextlib.nullcontext() if last else self.model.no_sync()
+
+
+class Sharded(Engine):
+    """
+    fsdp: weights, gradients and optimizer state sharded over the ranks, block by block.
+
+    With cpu_offload the shards and the optimizer stay in the memory of the CPU, and a block's
+    weights travel when they are needed. `reshard` frees a block's whole weights after its forward
+    pass, to gather them again in the backward pass; without it they stay. `replicate` groups of
+    ranks each have the whole model, sharded within the group (hybrid sharding). In the words of
+    torch's first FSDP: FULL_SHARD is the default, SHARD_GRAD_OP reshard=False, HYBRID_SHARD
+    replicate=n, _HYBRID_SHARD_ZERO2 both, NO_SHARD replicate=world.
+    """
+
+    name = "fsdp"
+    needs_torchrun = True
+    lockstep = True
+
+    def building(self):
+        """Only rank 0 gives the model memory; the others get their shards in `prepare`."""
+        return torch.device("meta") if self.ranks.rank else contextlib.nullcontext()
+
+    def prepare(
+        self,
+        model,
+        blocks: tuple,
+        make_optimizer,
+        *,
+        activation_checkpointing: bool = False,
+        compile_blocks: bool = False,
+        cpu_offload: bool = False,
+        reshard: bool = True,
+        replicate: int = 1,
+    ) -> None:
+        """As Engine.prepare."""
+        if self.ranks.world % replicate:
+            raise ValueError(
+                f"--replicate {replicate}: does not divide the {self.ranks.world} processes; "
+                "give a divisor of their number"
+            )
+        self.wrap_blocks(model, blocks, activation_checkpointing, compile_blocks)
+        if cpu_offload and self.ranks.device.type == "cuda":
+            # the optimizer computes on the CPU, and torchrun gives each rank one thread
+            torch.set_num_threads(max(torch.get_num_threads(), cores_per_rank()))
+        self._shard(model, blocks, cpu_offload, reshard, replicate)
+        self.finish(model, make_optimizer, activation_checkpointing)
+
+    def _shard(self, model, blocks, cpu_offload: bool, reshard: bool, replicate: int) -> None:
+        """Shard the weights block by block, so that no device ever has the whole model."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+        from torch.distributed.tensor import distribute_tensor
+
+        device = self.ranks.device
+        shape, names = (self.ranks.world,), ("shard",)
+        if replicate > 1:
+            shape = (replicate, self.ranks.world // replicate)
+            names = ("replicate", "shard")
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        policy = OffloadPolicy()
+        if cpu_offload:
+            policy = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+        values = {}
+        if self.ranks.rank == 0:
+            values = {name: tensor.detach() for name, tensor in named_tensors(model)}
+        units = [m for m in model.modules() if isinstance(m, tuple(blocks))]
+        for module in (*units, model):
+            fully_shard(module, mesh=mesh, offload_policy=policy, reshard_after_forward=reshard)
+        home = torch.device("cpu") if cpu_offload else device
+        if self.ranks.rank == 0:
+            model.to(home)
+        else:
+            model.to_empty(device=home)
+        for name, tensor in named_tensors(model):
+            value = self.ranks.broadcast(values.pop(name, None)).to(device)
+            if hasattr(tensor, "placements"):
+                shard = distribute_tensor(value, mesh, tensor.placements, src_data_rank=None)
+                tensor.data.to_local().copy_(shard.to_local())
+            else:
+                tensor.copy_(value)
+
+    @contextlib.contextmanager
+    def synchronisation(self, last: bool):
+        """As Engine.synchronisation."""
+        self.model.set_requires_gradient_sync(last)
+        yield
+
+    def whole(self, named: dict):
+        """As Engine.whole; all ranks gather each tensor together."""
+        for name, tensor in named.items():
+            tensor = whole(tensor)
+            if self.ranks.rank == 0:
+                yield name, tensor
+
+
+ENGINES = {engine.name: engine for engine in (Engine, Replicated, Sharded)}
+
+
+def choose_engine(name: str, engines: dict) -> type[Engine]:
+    """
+    The class of --parallel NAME; "auto" is ddp if torchrun started several processes, else none.
+
+    Raises ValueError for a name that is not in the table, or does not fit how the script was
+    started.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if name == "auto":
+        name = "none" if world == 1 else "ddp"
+    if name not in engines:
+        known = ", ".join(("auto", *engines))
+        raise ValueError(f"--parallel {name}: there is no such engine; choose one of {known}")
+    chosen = engines[name]
+    if chosen.needs_torchrun and "RANK" not in os.environ:
+        raise ValueError(
+            f"--parallel {name}: is for several processes; start two with "
+            "torchrun --nproc_per_node 2, or leave it out"
+        )
+    if not chosen.needs_torchrun and world > 1:
+        raise ValueError(
+            f"--parallel {name}: torchrun started {world} processes; "
+            "leave the flag out, or start with python"
+        )
+    if name == "ddp" and world == 1:
+        return engines["none"]  # nothing to exchange
+    return chosen
+
+
+def named_tensors(model):
+    """(name, tensor) of every parameter and buffer."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def whole(tensor):
+    """The whole tensor of a shard (fsdp), gathered from all ranks; any other tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _why_no_group(e: RuntimeError, device) -> str:
-    """Why the processes could not form a group, and what to do, in one line."""
-    from torch.distributed import DistBackendError
-
-    error = " ".join(str(e).split())[:150]
-    if isinstance(e, DistBackendError) or "NCCL" in error:
-        return f"NCCL cannot start on {device} ({error}); NCCL_DEBUG=INFO shows why"
-    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    return f"the processes do not find each other at {address} ({error}); try another port"
-
-
-def _recompute_in_backward(block) -> None:
+def recompute_in_backward(block) -> None:
     """
     Keep only the block's input, and recompute the rest in the backward pass (Chen et al. 2016).
 
@@ -375,17 +443,21 @@ def cores_per_rank() -> int:
 
 def keep_freed_memory(keep: bool = True) -> None:
     """
-    Let glibc keep what a step frees for the next one. It gives large blocks back to Linux, which has to fill every page of
-    them with zeros when the next step asks for them: a fifth of a step. The price: no other program gets that memory until the
-    run ends, and holes between what is kept. keep=False is the opposite: every block from 1 MB up is given back at once.
-    Source: mallopt(3).
+    Let glibc keep the memory that a step frees for the next step.
+
+    By default it returns large blocks to Linux, which fills every page with zeros when the next
+    step asks for them: a fifth of a step. The price: no other program gets that memory until the
+    run ends, and there are holes between the blocks. keep=False does the opposite: every block from
+    1 MB up is returned at once. Source: mallopt(3).
     """
     M_ARENA_MAX, M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -8, -4, -3, -1
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        one_heap = (
-            (M_ARENA_MAX, 1),
-            (M_MMAP_MAX, 0),
-            (M_TRIM_THRESHOLD, 2**31 - 1),
-        )  # all blocks in it, kept
-        for option, value in one_heap if keep else ((M_MMAP_THRESHOLD, 2**20),):
-            libc.mallopt(option, value)
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return
+    options = ((M_MMAP_THRESHOLD, 2**20),)
+    if keep:  # all blocks in one heap, which is never trimmed
+        options = ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1))
+    for option, value in options:
+        libc.mallopt(option, value)

@@ -278,6 +278,10 @@ class Optimizer:
                 )
             part.state[p][entry] = value
 
+    def expected(self) -> set[str]:
+        """Temporary."""
+        return set(self.state_dict()[0])
+
     def state_bytes(self) -> int:
         """Bytes of everything but the step counters."""
         return sum(t.nbytes for key, t in self.state_dict()[0].items() if not key.endswith("|step"))

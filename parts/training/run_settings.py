@@ -1,77 +1,169 @@
 """
-What the attempts of one run must have in common: a checkpoint goes on only with the settings that it was made with, or with
-those whose change was allowed by name. `config` is the trainer's dataclass, with every flag resolved but the length.
+What all attempts of one run must have in common.
+
+A checkpoint is resumed only with the settings it was made with, or with those whose change was
+allowed by name (--allow_change). The configuration is a dataclass with three class variables:
+MAY_CHANGE names the settings that may always differ, IN_DATA those that are compared by the data
+they lead to, OTHER_NAMES (see parts/cli/config.py) further names of a setting.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import math
+from dataclasses import asdict, fields
 
-# May differ when a run is resumed: they change neither data nor arithmetic. batch_size and grad_accum_steps are compared as rows per step.
-FREE = """config cache_dir streaming batch_size grad_accum_steps n_epochs eval_freq eval_tokens print_sample_iter
-save_ckpt_freq init_from save_ckpt_minutes keep_last max_minutes resume allow_change device parallel compile
-activation_checkpointing cpu_offload deterministic run_name output_dir log_exact use_wandb wandb_project tensorboard
-debug model_size max_bad_steps plan plan_memory_gb""".split()
-DATA = (
-    "dataset_name",
-    "dataset_subset",
-    "text_field",
-    "tokenizer",
-    "max_documents",
-    "val_share",
-)  # compared by what they lead to
+from parts.storage.run_folder import clear_leftovers
+
+MAY_BE_ZERO = (
+    "dropout",
+    "max_grad_norm",
+    "min_lr",
+    "seed",
+    "spike_zscore",
+    "warmup_ratio",
+    "warmup_steps",
+    "weight_decay",
+)
+BELOW_ONE = ("dropout", "warmup_ratio")
 
 
-def must_agree(state: dict, config, facts: dict, rows_per_step: int) -> None:
-    """Raises ValueError listing every setting that was another one when the checkpoint was written and may not change silently."""
-    allowed, differs = config.allow_change.split(","), []
-    allowed += ["min_lr"] if "max_lr" in allowed else []  # a tenth of it, unless it is given
-    saved = {
-        **asdict(type(config)()),
-        **state["config"],
-    }  # what an older version did not know was as by default
-    now = facts["model_config"]
+def check_settings(config) -> None:
+    """Refuse values that cannot be right. Raises ValueError."""
+    for name, value in asdict(config).items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        lowest = 0 if name in MAY_BE_ZERO else 1e-300
+        if not lowest <= value < (1 if name in BELOW_ONE else math.inf):
+            raise ValueError(f"--{name}: {value} is out of range; give a positive number")
+    if config.run_name in ("", ".", "..") or config.output_dir == "":
+        raise ValueError("--run_name, --output_dir: a name is empty; give the run one of its own")
+    if config.seed >= 2**32:
+        raise ValueError(f"--seed: {config.seed} does not fit into 32 bits")
+    if config.warmup_steps is not None and config.warmup_ratio is not None:
+        raise ValueError("--warmup_steps, --warmup_ratio: give one of them")
+    known = {field.name for field in fields(config)}
+    unknown = [name for name in allowed_changes(config) if name not in known]
+    if unknown:
+        names = ", ".join(unknown)
+        raise ValueError(
+            f"--allow_change: {names}: no such setting; write --allow_change max_lr,max_steps"
+        )
+
+
+def allowed_changes(config) -> list[str]:
+    """Names in --allow_change."""
+    return [name for name in config.allow_change.split(",") if name]
+
+
+def check_resumed(state: dict, config, facts: dict, rows_per_step: int) -> None:
+    """
+    Raises ValueError listing every setting that differs from the checkpoint's and may not.
+
+    state: a checkpoint's; config: of this attempt, resolved but for the length; facts: the job's.
+    """
+    allowed = allowed_changes(config)
+    if "max_lr" in allowed:
+        allowed.append("min_lr")  # a tenth of it unless given
+    differs = []
+    # a setting that an older version did not have was at its default
+    saved = {**asdict(type(config)()), **state["config"]}
+    model_config = facts["model_config"]
     if state["data"] != facts["data"]:
-        names = [name for name in DATA if saved.get(name) != getattr(config, name)] or [
-            "dataset_name"
-        ]
+        changed = [name for name in config.IN_DATA if saved.get(name) != getattr(config, name)]
+        names = changed or list(config.IN_DATA[:1]) or ["data"]
         differs += [f"{name} (other text)" for name in names if name not in allowed]
     for name, value in asdict(config).items():
-        in_model = name in now and name != "dropout"
-        if name not in (*FREE, *DATA, *allowed) and not in_model and saved.get(name) != value:
-            differs.append(f"{name} {saved.get(name)} then, {value} now")
-    if rows_per_step != state["rows_per_step"] and not {"batch_size", "grad_accum_steps"} & set(
-        allowed
-    ):
+        if name in (*config.MAY_CHANGE, *config.IN_DATA, *allowed) or saved.get(name) == value:
+            continue
+        if name in model_config and name != "dropout":
+            continue  # compared with the model
+        differs.append(f"{name} {saved.get(name)} then, {value} now")
+    resized = rows_per_step != state["rows_per_step"]
+    if resized and not {"batch_size", "grad_accum_steps"} & set(allowed):
         differs.append(
-            f"rows per step {state['rows_per_step']} then, {rows_per_step} now (batch_size x grad_accum_steps x processes)"
+            f"rows per step {state['rows_per_step']} then, {rows_per_step} now "
+            "(batch_size x grad_accum_steps x processes)"
         )
     if differs:
         names = ",".join(text.split()[0] for text in differs).replace("rows", "batch_size")
         raise ValueError(
-            f"{state['folder']}: other settings than now: {'; '.join(differs)}; give the same ones, or --allow_change {names}"
+            f"{state['folder']}: other settings than now: {'; '.join(differs)}; "
+            f"give the same ones, or --allow_change {names}"
         )
     if state["step"] > config.max_steps:
-        what = f"{config.max_steps} lies before step {state['step']} of {state['folder']}"
-        raise ValueError(f"--max_steps: {what}; give a larger number, or another --run_name")
+        raise ValueError(
+            f"--max_steps: {config.max_steps} is before step {state['step']} of {state['folder']}; "
+            "give a larger number, or another --run_name"
+        )
 
 
-def resolve_length(config, saved: dict, n_windows: int, rows_per_step: int) -> None:
+def resolve_length(config, saved: dict, batches, rows_per_step: int) -> None:
     """
-    Fill in max_steps, min_lr and warmup_steps where they are None; a resumed run (its `saved` settings) keeps its warmup,
-    and its min_lr with its max_lr. Raises ValueError where the text is too short.
+    Fill in max_steps, min_lr and warmup_steps if they are None.
+
+    A resumed run (`saved` are its settings) keeps its warmup, and its min_lr with its max_lr.
+    Raises ValueError if the text (a RowBatches) is less than one step.
     """
     if config.max_steps is None or config.n_epochs is not None:
-        by_epochs = int(min((config.n_epochs or 1) * n_windows, 2**62)) // rows_per_step
+        epochs = config.n_epochs or 1
+        by_epochs = int(min(epochs * batches.n_rows, 2**62)) // rows_per_step
         if by_epochs == 0:
-            what = f"{n_windows} windows of {config.context_length} tokens are fewer than one step of {rows_per_step} rows"
             raise ValueError(
-                f"--dataset_name: {what}; give more text, or a smaller --batch_size or --context_length"
+                f"the training text: {batches.n_rows:,} rows of {batches.tokens_per_row} tokens "
+                f"are fewer than one step of {rows_per_step} rows; give more text, or a smaller "
+                "--batch_size or --context_length"
             )
         config.max_steps = min(by_epochs, config.max_steps or by_epochs)
     if config.min_lr is None:
-        config.min_lr = (
-            saved["min_lr"] if saved.get("max_lr") == config.max_lr else config.max_lr / 10
-        )
+        kept = saved.get("max_lr") == config.max_lr
+        config.min_lr = saved["min_lr"] if kept else config.max_lr / 10
     if config.warmup_steps is None:
-        config.warmup_steps = saved.get("warmup_steps", min(2000, config.max_steps // 10))
+        by_default = min(2000, config.max_steps // 10)
+        if config.warmup_ratio is not None:
+            by_default = int(config.warmup_ratio * config.max_steps)
+        config.warmup_steps = saved.get("warmup_steps", by_default)
+
+
+def rows_of_step(config, saved: dict, saved_rows: int, world: int) -> int:
+    """
+    Rows per step over all ranks; a resumed run keeps them on any number of processes.
+
+    saved: settings of the resumed run, {} for a new one; saved_rows: its rows per step. Raises
+    ValueError if the processes cannot share them evenly.
+    """
+    B = config.batch_size
+    rows = B * config.grad_accum_steps * world
+    sizes = ("batch_size", "grad_accum_steps")
+    same_flags = saved and all(saved[name] == getattr(config, name) for name in sizes)
+    if not same_flags or rows == saved_rows or set(sizes) & set(allowed_changes(config)):
+        return rows
+    if saved_rows % (B * world):
+        raise ValueError(
+            f"the resumed run has {saved_rows} rows per step, which {world} processes with "
+            f"--batch_size {B} cannot share evenly; use another number of processes, or a "
+            f"--batch_size that divides {saved_rows / world:g}"
+        )
+    return saved_rows
+
+
+def divide_rows(job, config, state: dict, ranks) -> tuple[int, int]:
+    """
+    (rows per step, micro-batches per step on this rank); fills in the length of the run.
+
+    Raises ValueError if settings differ from the resumed run's that may not. Ranks exchange.
+    """
+    B, world, saved = config.batch_size, ranks.world, state.get("config", {})
+    with ranks.agree():
+        rows = rows_of_step(config, saved, state.get("rows_per_step", 0), world)
+        job.train_batches.share(ranks.rank, world, B, rows)
+        resolve_length(config, saved, job.train_batches, rows)
+        if state:
+            check_resumed(state, config, job.facts, rows)
+        if ranks.rank == 0:
+            clear_leftovers(config.output_dir)
+    accum = rows // (B * world)
+    if accum != config.grad_accum_steps:
+        ranks.say(
+            f"{rows} rows per step as before: {accum} micro-batches on each of {world} processes"
+        )
+    return rows, accum

@@ -1,0 +1,134 @@
+"""
+What a run writes to its folder: run.json, metrics.jsonl, samples.txt, checkpoints, exports.
+
+Only rank 0 writes. The other ranks make an Outputs too and call the same methods.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from parts.base.files import append_lines, make_folder, read_json, rename_durably, write_file
+from parts.cli.launch import error_line, launch_facts
+from parts.storage import checkpoint, run_folder
+from parts.storage.writer import Writer
+from parts.training.metrics import Journal
+from parts.training.ranks import Ranks
+from parts.training.resume import checkpoint_bytes
+
+
+class Outputs:
+    """
+    The files of a run from `step` on, which is where it begins or resumes.
+
+    resumed: the run folder has the checkpoint that is resumed; otherwise metrics and samples of an
+    attempt without checkpoints are deleted. Raises ValueError if the folder cannot be written.
+    """
+
+    def __init__(self, job, config, ranks: Ranks, step: int, resumed: bool):
+        self.job, self.config, self.ranks = job, config, ranks
+        self.run_dir = Path(config.output_dir)
+        self.master = ranks.rank == 0
+        self.journal = self.wandb_id = None
+        self.sampled = None  # step of the last sample, on rank 0
+        self.writer = Writer(checkpoint.save_checkpoint, self._not_saved)
+        if not self.master:
+            return
+        self.wandb_id = start_run(self.run_dir, job, config, ranks)
+        ranks.text_log = self.run_dir / job.text_log if job.text_log else None
+        if not resumed:
+            for name in ("metrics.jsonl", "samples.txt"):
+                (self.run_dir / name).unlink(missing_ok=True)
+        self.sampled = run_folder.trim_samples(self.run_dir / "samples.txt", step)
+        wandb = None
+        if config.use_wandb:
+            wandb = {"project": config.wandb_project, "name": config.run_name}
+            wandb |= {"run_id": self.wandb_id, "config": asdict(config), "folder": self.run_dir}
+        self.journal = Journal(self.run_dir, step, tensorboard=config.tensorboard, wandb=wandb)
+        self.writer.reserve(checkpoint_bytes(job, config) + 2**20, ranks.device)
+
+    def _not_saved(self, step: int, e: OSError) -> None:
+        self.ranks.say(f"warning: step {step} is not saved: {error_line(e)}; free some space")
+
+    def last_record(self) -> dict:
+        """The record of the step the run is at, perhaps incomplete; all ranks get rank 0's."""
+        return dict(self.ranks.share(self.journal.last if self.master else None))
+
+    def write(self, record: dict) -> None:
+        """Write the record of a step, or complete the one that is there."""
+        if self.master:
+            self.journal.write(record)
+
+    def histograms(self, step: int) -> None:
+        """Distributions of parameters and gradients, to wandb."""
+        if self.master:
+            self.journal.histograms(step, self.job.model)
+
+    def add_sample(self, step: int, text: str) -> None:
+        """Print a sample, and append it to samples.txt."""
+        if self.master:
+            self.ranks.say(text.strip())
+            append_lines(self.run_dir / "samples.txt", [f"--- step {step}\n{text}\n"])
+            self.sampled = step
+
+    def rewind(self, step: int) -> None:
+        """Drop records and samples of later steps."""
+        if self.master:
+            self.journal.rewind(step)
+            self.sampled = run_folder.trim_samples(self.run_dir / "samples.txt", step)
+
+    def flush(self) -> None:
+        """Write everything so far to the disk."""
+        if self.master:
+            self.journal.flush()
+
+    def close(self) -> None:
+        """Finish writing checkpoints and metrics."""
+        try:
+            self.writer.wait()
+        finally:
+            if self.master:
+                self.journal.close()
+
+    def export(self, step: int, best_step: int | None) -> None:
+        """
+        Run job.export on the last and the best checkpoint: export/final, export/best.
+
+        Each is written under a temporary name and renamed. Raises OSError.
+        """
+        if not (self.master and self.job.export):
+            return
+        self.writer.wait()
+        for name, of_step in (("final", step), ("best", best_step)):
+            folder = (
+                self.run_dir / "checkpoints" / self.job.checkpoint_name.format(step=of_step or 0)
+            )
+            if of_step is None or not folder.is_dir():
+                continue
+            target, part = self.run_dir / "export" / name, self.run_dir / "export" / f".{name}.part"
+            make_folder(target.parent)
+            shutil.rmtree(part, ignore_errors=True)
+            self.job.export(folder, part)
+            shutil.rmtree(target, ignore_errors=True)
+            rename_durably(part, target)
+            self.ranks.say(f"exported step {of_step} to {target}")
+
+
+def start_run(run_dir: Path, job, config, ranks: Ranks) -> str:
+    """Write run.json; returns wandb's id of the run, which a resumed run keeps."""
+    path, wandb_id = run_dir / "run.json", secrets.token_hex(4)
+    with contextlib.suppress(ValueError, KeyError):
+        wandb_id = str(read_json(path)["wandb_id"])
+    facts = {"config": asdict(config), "family": job.family, **job.facts}
+    facts |= {"checkpoint_name": job.checkpoint_name}
+    facts |= {**launch_facts(ranks.world, ranks.device), "wandb_id": wandb_id}
+    try:
+        write_file(path, json.dumps(facts, indent=1).encode())
+    except OSError as e:
+        raise ValueError(f"--output_dir: {error_line(e)}; choose a writable folder") from e
+    return wandb_id

@@ -1,0 +1,265 @@
+"""
+The checkpoints of a training: what is saved, which one is resumed, and rolling back to one.
+
+`job`, `config` and `engine` are those of pretraining_advanced.train. Rank 0 alone reads and writes;
+where the other ranks take part, the docstring says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from parts.storage import checkpoint, run_folder
+from parts.storage.checkpoint import OPTIMIZER_FILE
+from parts.storage.writer import enough_memory, offloaded_bytes
+from parts.training.guard import Guard
+from parts.training.optim import predicted_state_bytes
+from parts.training.progress import Progress
+
+# what earlier versions wrote in place of the family
+SCRIPTS = {"pretraining_advanced.py": "gpt"}
+
+
+def unique_weights(model) -> dict:
+    """{name: tensor} of everything a model must save: each tensor once, tied ones by one name."""
+    names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    return {name: tensor for name, tensor in model.state_dict().items() if name in names}
+
+
+def checkpoint_bytes(job, config) -> int:
+    """Bytes of weights, optimizer state and the files beside them."""
+    weights = sum(tensor.nbytes for tensor in job.weights(job.model).values())
+    files = sum(len(data) for data in job.files.values())
+    state = predicted_state_bytes(job.model, job.blocks, config.optimizer, config.galore_rank)
+    return weights + files + state
+
+
+# ----------------------------------------------------------------------------------- saving
+
+
+def save(job, config, engine, writer, progress: Progress, guard: Guard, extra: dict, at_once: bool):
+    """
+    Write a checkpoint; returns False if that failed at once. All ranks gather the tensors.
+
+    A disk that refuses costs a warning, not the run. extra: further JSON values of the state.
+    """
+    tensors, numbers = engine.state()
+    gathered = {
+        job.weights_file: engine.whole(job.weights(job.model)),
+        OPTIMIZER_FILE: engine.whole(tensors),
+    }
+    if engine.ranks.rank != 0:
+        for pairs in gathered.values():
+            list(pairs)  # this rank's part in gathering, in the same order
+        return True
+    state = {"family": job.family, "weights_file": job.weights_file, **progress.state(guard)}
+    state |= {**extra, **numbers, "config": asdict(config), **job.facts}
+    keep = [progress.best["step"]] if progress.best else []
+    return writer.save(
+        Path(config.output_dir),
+        progress.step,
+        gathered,
+        copy.deepcopy(state),  # the training changes it while a thread writes
+        job.files,
+        config.keep_last,
+        keep,
+        job.checkpoint_name,
+        at_once=at_once,
+    )
+
+
+# --------------------------------------------------------------------------------- resuming
+
+
+def open_run(job, config, ranks, stack) -> tuple[dict, dict | None]:
+    """
+    (state, tensors) of the checkpoint to resume, ({}, {}) to begin; other ranks get no tensors.
+
+    The run folder is claimed until `stack` closes. Raises ValueError if there is too little memory
+    or disk, the folder cannot be had, or the checkpoint does not fit. Ranks exchange.
+    """
+    run_dir, afresh = Path(config.output_dir), config.resume == "never"
+    state = tensors = None
+    with ranks.agree():
+        if config.cpu_offload:
+            n_weights = [p.numel() for p in job.model.parameters()]
+            need = offloaded_bytes(n_weights, ranks.world, ranks.device.type == "cuda")
+            need *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            what = "weights, gradients and two moments of this machine's ranks"
+            enough_memory(need, what, "--cpu_offload")
+        if ranks.rank == 0:
+            n_bytes = checkpoint_bytes(job, config)
+            run_folder.enough_disk(run_dir, n_bytes, config.keep_last, afresh)
+            stack.enter_context(run_folder.claimed(run_dir, afresh))
+            state = tensors = {}
+            if found := find_checkpoint(config, run_dir, job.checkpoint_name):
+                state, tensors = read_checkpoint(found, job)
+    return ranks.share(state), tensors
+
+
+def is_inside(folder, run_dir: Path) -> bool:
+    """Whether a checkpoint folder belongs to this run."""
+    return Path(folder).resolve().is_relative_to(run_dir.resolve())
+
+
+def find_checkpoint(config, run_dir: Path, name: str) -> Path | None:
+    """The checkpoint folder to resume, None to begin. Raises FileNotFoundError or ValueError."""
+    own = None
+    if checkpoint.list_checkpoints(run_dir, name):
+        own = checkpoint.newest_checkpoint(run_dir)
+    if config.resume in ("auto", "never"):
+        return own
+    path = Path(config.resume)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"--resume: {path} does not exist; give a run folder or a checkpoint folder, "
+            "or leave it out"
+        )
+    wanted = checkpoint.newest_checkpoint(path)
+    if own and own.resolve() != wanted.resolve():  # so that the same command resumes after a stop
+        print(
+            f"{run_dir} has checkpoints of its own: resuming from there, not from "
+            f"--resume {path}; to resume that one, give another --run_name",
+            flush=True,
+        )
+    return own or wanted
+
+
+def read_checkpoint(folder: Path, job) -> tuple[dict, dict]:
+    """
+    (state, tensors of model and optimizer) of a verified checkpoint of the same job.
+
+    Raises ValueError if it is of another family, model, tokenizer or row length, or if a weight is
+    missing, unknown or of another shape.
+    """
+    weights, state = checkpoint.load_checkpoint(folder)
+    family = state.get("family") or SCRIPTS.get(state.get("script"))
+    if family is None:
+        raise ValueError(
+            f"{folder}: written by {state.get('script', 'another program')}, which keeps no "
+            "optimizer state; choose another --run_name"
+        )
+    if family != job.family:
+        raise ValueError(
+            f"{folder}: holds a model of the family {family!r}, this run trains {job.family!r}; "
+            "choose another --run_name"
+        )
+    try:
+        step = checkpoint.step_of(folder, job.checkpoint_name)
+    except ValueError:
+        step = state["step"]  # a copy under a name of the user's own
+    if step != state["step"]:
+        raise ValueError(
+            f"{folder}: holds step {state['step']}, its name says otherwise; it is damaged, "
+            "use another checkpoint"
+        )
+    now, then = job.facts["model_config"], state["model_config"]
+    # an older version knew fewer settings; the shapes of the weights are compared below
+    names = sorted({*then} - {"dropout"})
+    differs = [f"{n} {then[n]} then, {now.get(n)} now" for n in names if then[n] != now.get(n)]
+    if differs:
+        raise ValueError(
+            f"{folder}: is of another model ({'; '.join(differs)}); "
+            "give the same model flags, or another --run_name"
+        )
+    if state["tokenizer"] != job.facts["tokenizer"]:
+        raise ValueError(
+            f"{folder}: was trained with another --tokenizer, whose ids mean other text; "
+            "give the same one, or another --run_name"
+        )
+    own = job.weights(job.model)
+    check_names(folder / job.weights_file, set(weights), set(own), "model")
+    for name, tensor in weights.items():
+        if tensor.shape != own[name].shape:
+            raise ValueError(
+                f"{folder / job.weights_file}: {name} has shape {list(tensor.shape)}, "
+                f"the model has {list(own[name].shape)}; choose another --run_name"
+            )
+    tensors = {**weights, **checkpoint.load_tensors(folder / OPTIMIZER_FILE)}
+    return {**state, "folder": str(folder)}, tensors
+
+
+def check_names(file, found: set, wanted: set, owner: str) -> None:
+    """Raises ValueError naming the tensors that a file lacks, or has beyond those of its owner."""
+    for names, what in ((wanted - found, "lacks"), (found - wanted, "has")):
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            but = "which this run needs" if what == "lacks" else f"which this run's {owner} has not"
+            raise ValueError(
+                f"{file}: {what} {shown}, {but}; the checkpoint is damaged or of another run, "
+                "use another one"
+            )
+
+
+def keeps_optimizer(state: dict, config) -> bool:
+    """Whether a checkpoint's optimizer state fits the optimizer of this attempt."""
+    return all(
+        state["config"][name] == getattr(config, name) for name in ("optimizer", "galore_rank")
+    )
+
+
+def restore(state: dict, tensors: dict | None, job, config, engine, guard: Guard) -> None:
+    """
+    Put model, optimizer, loss scale, data cursor and guard where a checkpoint has them.
+
+    All ranks take part; only rank 0 has the tensors, which are released. Raises ValueError on all
+    ranks if the rows had another length, or an optimizer tensor is missing or unknown.
+    """
+    weights = job.weights(job.model)
+    with_optimizer = keeps_optimizer(state, config)
+    with engine.ranks.agree():
+        cursor = {"tokens_per_row": state["config"].get("context_length"), **state["data_cursor"]}
+        if cursor["tokens_per_row"] is None:
+            del cursor["tokens_per_row"]
+        try:
+            job.train_batches.load_state_dict(cursor)
+        except ValueError as e:
+            raise ValueError(f"{state['folder']}: {e}") from e
+        if "guard" in state:  # older checkpoints have none
+            guard.load_state_dict(state["guard"])
+        if tensors is not None and with_optimizer:
+            found = set(tensors) - set(weights)
+            wanted = engine.state_names()
+            file = Path(state["folder"]) / OPTIMIZER_FILE
+            if found or state["step"]:
+                check_names(file, found, wanted, "optimizer")
+    if not with_optimizer:
+        engine.ranks.say(
+            "another --optimizer or --galore_rank than before: the optimizer's state starts anew"
+        )
+    engine.load(weights, tensors, state, with_optimizer)
+    if tensors:
+        tensors.clear()  # as much memory as weights and optimizer state
+
+
+def last_good(run_dir: Path, job, why: str, rolled_back_to: int | None, ranks) -> tuple:
+    """
+    (state, tensors) of the newest checkpoint without a bad step before it; tensors on rank 0 only.
+
+    rolled_back_to: step of an earlier roll-back. Raises RuntimeError if there is no such
+    checkpoint, or if it is the one of the earlier roll-back, which did not help.
+    """
+    state, tensors = None, None
+    if ranks.rank == 0:
+        for folder in reversed(checkpoint.list_checkpoints(run_dir, job.checkpoint_name)):
+            with contextlib.suppress(ValueError):
+                checkpoint.verify_checkpoint(folder)
+                found, tensors_found = read_checkpoint(folder, job)
+                if not found.get("guard", {"bad": 0})["bad"]:
+                    state, tensors = found, tensors_found
+                    break
+        if tensors is None:
+            raise RuntimeError(
+                f"{run_dir}: {why}, and there is no checkpoint to roll back to; "
+                "begin again with a lower --max_lr"
+            )
+        if state["step"] == rolled_back_to:
+            raise RuntimeError(
+                f"{run_dir}: {why}, again since step {rolled_back_to}; "
+                "resume from there with a lower --max_lr"
+            )
+    return state, tensors
