@@ -29,7 +29,7 @@ with app.setup:
     import torch
 
     import gpt_train
-    from gpt_train import SIZES, GPTConfig, Setting, count_parameters, flops_per_token
+    from gpt_train import SIZES, GPTConfig
     from parts.base.files import write_file
     from parts.base.units import format_duration
     from parts.cli.launch import BAD_INPUT, error_line
@@ -38,6 +38,7 @@ with app.setup:
     from parts.storage.checkpoint import list_checkpoints
     from parts.training.metrics import PEAK_FLOPS, read_metrics
     from parts.training.optim import learning_rate
+    from parts.training.plan import Setting, count_parameters, flops_per_token, memory_of
 
     TRAINER = Path(gpt_train.__file__).with_name("pretraining_advanced.py")
     RUNS = Path("runs")
@@ -637,7 +638,7 @@ def _(model, opening, seed, temperature, tokenizer, top_k, top_p):
             for way in ways.values()
         ]
         texts = [
-            gpt_train.continuations(model, tokenizer, cpu, opening.value, 1, 50, **o)[0]
+            gpt_train.sample_text(model, tokenizer, cpu, opening.value, 1, 50, **o)[0]
             for o in options
         ]
         written = [mo.Html(figures.paragraph(opening.value + text)) for text in texts]
@@ -711,8 +712,7 @@ def _(chosen, context, device, dtype, folder, optimizer, ratio, recompute, share
         }
         kept["device"] = "cpu" if device.value == MEASURED else "cuda"
         parts = {
-            b: gpt_train.memory_of(configs[size.value], Setting(b, **kept))
-            for b in (1, 2, 4, 8, 16, 32, 64)
+            b: memory_of(configs[size.value], Setting(b, **kept)) for b in (1, 2, 4, 8, 16, 32, 64)
         }
         named = {f"micro-batch {b}, at most {p['peak'] / 1e9:.3g} GB": p for b, p in parts.items()}
         bars = {

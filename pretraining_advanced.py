@@ -43,9 +43,8 @@ from gpt_train import (
     Block,
     GPTConfig,
     attends_in_products,
-    continuations,
-    plan_lines,
     plot_run,
+    sample_text,
 )
 from parts.base.dtypes import DTYPES
 from parts.base.machine import (
@@ -76,7 +75,7 @@ from parts.training.messages import (
 from parts.training.metrics import Speed, memory_gib, peak_flops
 from parts.training.optim import Optimizer, learning_rate
 from parts.training.outputs import Outputs
-from parts.training.plan import Setting, flops_per_token, seconds_of
+from parts.training.plan import Setting, flops_per_token, plan_lines, seconds_of
 from parts.training.progress import Progress, Requests
 from parts.training.ranks import Ranks
 from parts.training.resume import is_inside, last_good, open_run, restore, save, unique_weights
@@ -239,19 +238,37 @@ class Text:
     tokenizer: Tokenizer
     data: str  # hash of all tokens
 
+    def validation(self, config: TrainConfig):
+        """A fresh pass over the validation rows."""
+        V = self.tokenizer.vocab_size
+        B, T = config.batch_size, config.context_length
+        return val_batches(self.val, T, B, V, config.eval_tokens)
 
-def open_text(config: TrainConfig) -> Text | None:
+    @property
+    def facts(self) -> dict:
+        """What a resumed run must share, for Job.facts."""
+        return {"data": self.data, "tokenizer": self.tokenizer.fingerprint}
+
+    @property
+    def files(self) -> dict:
+        """What goes into each checkpoint, for Job.files."""
+        return {"tokenizer.json": self.tokenizer.to_json()}
+
+
+def open_text(config: TrainConfig, required: bool = True) -> Text | None:
     """
     The token shards that the configuration names, built if they do not exist yet.
 
-    None if they do not exist and the run is only planned. Raises ValueError or FileNotFoundError
-    for data that cannot be used.
+    A plan builds nothing: if they do not exist then, this raises ValueError, or returns None if
+    they are not `required`. Raises ValueError or FileNotFoundError for data that cannot be used.
     """
     planned = config.plan or config.plan_memory_gb
     names = (*TrainConfig.IN_DATA, "cache_dir", "streaming")
     settings = SmollmConfig(**{name: getattr(config, name) for name in names})
     folder = prepare_tokens(settings, build=not planned)
     if planned and not folder.exists():
+        if required:
+            raise ValueError("--plan: the text is not tokenised yet; run prep_dataset.py tokenize")
         return None
     index = read_index(folder)
     if index["tokenizer"]:
@@ -287,7 +304,7 @@ def gpt_job(config: TrainConfig, building) -> Job:
     Raises ValueError or FileNotFoundError for data or sizes that cannot be used.
     """
     GPTConfig.of_size(config.model_size)  # a wrong size is reported before hours of tokenising
-    text = open_text(config)
+    text = open_text(config, required=False)
     T = config.context_length
     V = text.tokenizer.vocab_size if text else vocabulary_of(config.tokenizer)
     shape = model_shape(config, V)
@@ -329,22 +346,17 @@ def gpt_job(config: TrainConfig, building) -> Job:
     if not text:
         return job
 
-    def validation():
-        return val_batches(text.val, T, config.batch_size, V, config.eval_tokens)
-
     def sample(model, device, should_stop) -> str:
         options = {"temperature": 0.8, "top_k": 50, "seed": 0, "should_stop": should_stop}
-        # no early end: under fsdp every rank calls the model equally often
-        return continuations(model, text.tokenizer, device, "", 1, 80, stop_token=None, **options)[
-            0
-        ]
+        options["stop_token"] = None  # under fsdp every rank calls the model equally often
+        return sample_text(model, text.tokenizer, device, **options)[0]
 
     return replace(
         job,
         train_batches=TrainBatches(text.train, T, config.seed, V),
-        val_batches=validation,
-        facts=job.facts | {"data": text.data, "tokenizer": text.tokenizer.fingerprint},
-        files={"tokenizer.json": text.tokenizer.to_json()},
+        val_batches=lambda: text.validation(config),
+        facts=job.facts | text.facts,
+        files=text.files,
         token_bytes=text.tokenizer.token_bytes(),
         sample=sample,
     )
@@ -834,15 +846,14 @@ def run(config: RunConfig, make_job: Callable = gpt_job, engines: dict = ENGINES
             show_plan(job, config, engine)
             return 0
         with ranks.agree():
-            data = getattr(config, "dataset_name", "data")
-            ranks.same(job.facts, f"let all ranks see the same files of {data}")
+            ranks.same(job.facts, "let all ranks see the same files, data and cache alike")
         return train(job, config, engine)
 
 
-def main(config: TrainConfig) -> int:
-    """Train a GPT; returns the exit code."""
-    return run(config)
+def start(make_job: Callable = gpt_job, config_class=TrainConfig, engines: dict = ENGINES) -> None:
+    """Run from the command line: flags, one-line errors and exit codes as every script has them."""
+    run_script(lambda: run(parse(config_class), make_job, engines))
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(TrainConfig)))
+    start()

@@ -35,7 +35,6 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import gpt_train
 from gpt_train import (
     GPT,
     GPTConfig,
@@ -52,7 +51,7 @@ from parts.cli.launch import StopRequest, error_line, run_script
 from parts.data.tokenizers import make_tokenizer, vocabulary_of
 from parts.storage.checkpoint import save_checkpoint
 from parts.storage.run_folder import move_aside
-from parts.training.plan import Setting
+from parts.training import plan
 from prep_dataset import load_documents
 
 # ------------------------------------------------------------------------------------------------ configuration
@@ -190,7 +189,9 @@ def main(config: SimpleConfig) -> int:
     if config.plan or config.plan_memory_gb:
         V = vocabulary_of(config.tokenizer, on_gpu=device.type != "cpu")
         planned = GPTConfig.of_size(config.model_size, vocab_size=V, block_size=T)
-        return gpt_train.show_plan(planned, B, device, config.max_steps, config.plan_memory_gb)
+        return plan.show_plan(
+            planned, lambda: GPT(planned), B, device, config.max_steps, config.plan_memory_gb
+        )
 
     documents, source = load_documents(config.data_dir)
     train_texts, val_texts = split_documents(documents)
@@ -224,7 +225,7 @@ def main(config: SimpleConfig) -> int:
     print(
         f"{source}: {len(documents)} documents; {tokenizer.name}: {len(train_tokens):,} training, {len(val_tokens):,} validation tokens"
     )
-    print(*gpt_train.plan_lines(model_config, Setting(B, device=str(device)))[0], sep="\n")
+    print(*plan.plan_lines(model_config, plan.Setting(B, device=str(device)))[0], sep="\n")
     print(f"{n_steps} steps of {B} x {T} tokens, {n_steps * B * T:,} tokens to go, on {device}")
 
     start_run(

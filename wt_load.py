@@ -36,7 +36,7 @@ from typing import Literal
 import torch
 import tyro
 
-from gpt_train import GPT, SIZES, GPTConfig, count_parameters, load_model, shell
+from gpt_train import GPT, SIZES, GPTConfig, load_model, shell
 from parts.cli.config import parse
 from parts.cli.launch import error_line, run_script
 from parts.data.tokenizers import Tokenizer, gpt2_tokenizer
@@ -51,6 +51,7 @@ from parts.storage.checkpoint import (
     verify_checkpoint,
 )
 from parts.storage.tf_bundle import Bundle, find_prefix
+from parts.training.plan import count_parameters
 
 Path_ = tyro.conf.Positional[str]
 

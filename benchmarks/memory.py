@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt_train import GPTConfig, count_parameters, memory_of
+from gpt_train import GPTConfig
 from parts.data.tokenizers import gpt2_tokenizer
-from parts.training.plan import Setting
+from parts.training.plan import Setting, count_parameters, memory_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {  # name -> model size, tokens of context, rows, more

@@ -25,13 +25,13 @@ from torch.profiler import ProfilerActivity, record_function
 from train_step import ours
 
 import gpt_train
-from gpt_train import GPTConfig, flops_per_token, memory_of, pick_device
+from gpt_train import GPTConfig, pick_device
 from parts.base.dtypes import DTYPES
 from parts.base.machine import choose_dtype, free_memory
 from parts.data import corpus, shards
 from parts.data.tokenizers import EOT, Tokenizer, byte_tokenizer
 from parts.training.metrics import peak_flops, read_metrics
-from parts.training.plan import Setting
+from parts.training.plan import Setting, flops_per_token, memory_of
 
 OPTIONAL = ("transformers", "tqdm", "matplotlib", "datasets", "galore_torch")
 CHECKS = ("python_and_packages", "optional_packages", "devices", "compiler", "disk")

@@ -169,7 +169,7 @@ def train_here(home, monkeypatch, name, stop_at=None, **settings) -> int:
 
     with monkeypatch.context() as patch, contextlib.chdir(home):
         patch.setattr(pretraining_advanced, "learning_rate", rate)
-        return pretraining_advanced.main(
+        return pretraining_advanced.run(
             TrainConfig(**{"dataset_name": "data", "run_name": name, **SMALL, **settings})
         )
 
@@ -276,7 +276,7 @@ def test_the_same_losses_as_the_simple_script(home, tmp_path, monkeypatch):
             Shards(folder, "train", read_index(folder)), T, seed, byte_tokenizer().vocab_size
         )
         batches.share(0, 1, batch_size, batch_size)
-        yield from ((b["inputs"], b["targets"]) for b in batches)
+        yield from ((b["inputs"], b["targets"]) for step in batches for b in step)
 
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/a.txt").write_text(
@@ -442,7 +442,7 @@ def test_the_best_checkpoint_is_kept_besides_the_last(home):
         ({"dropout": 0.5}, "dropout 0.0 then, 0.5 now"),
         (
             {"max_steps": 2, "allow_change": "max_steps,warmup_steps"},
-            "--max_steps: 2 lies before step 4",
+            "--max_steps: 2 is before step 4",
         ),
         ({"resume": "nowhere"}, "--resume: nowhere does not exist"),
         ({"resume": "data"}, "no checkpoint here"),
@@ -485,7 +485,7 @@ def test_another_optimizer_begins_anew_where_that_is_allowed(home, first, then):
     result = start(
         home, name, max_steps=8, optimizer=then, galore_rank=4, allow_change="optimizer,max_steps"
     )
-    assert result.returncode == 0 and "begins anew" in result.stdout, result.stderr
+    assert result.returncode == 0 and "starts anew" in result.stdout, result.stderr
 
 
 def test_epochs_on_another_number_of_processes(home):
@@ -590,7 +590,7 @@ def test_a_signal_before_torch_is_there_has_its_exit_code(home, name):
         ({"text_field": "body"}, "its columns are text"),
         ({"model_size": "huge"}, "unknown size 'huge'"),
         ({"max_lr": -1}, "--max_lr: -1"),
-        ({"parallel": "ddp"}, "start with torchrun"),
+        ({"parallel": "ddp"}, "torchrun --nproc_per_node 2"),
         ({"optimizer": "galore8bit"}, "needs CUDA"),
         ({"dtype": "fp16"}, "--dtype fp16: needs CUDA"),
         ({"device": "cuda:9"}, "--device"),
@@ -660,7 +660,7 @@ def test_a_checkpoint_of_the_simple_script_is_refused(home, texts):
 
 def test_a_second_run_in_the_same_folder_is_refused(home):
     with running(home, "busy", "step 3 loss", max_steps=100_000) as process:
-        assert "belongs to a run that is going on" in one_error_line(start(home, "busy"), 2)
+        assert "is in use by another run" in one_error_line(start(home, "busy"), 2)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=30)
         assert process.returncode == 75
@@ -668,7 +668,7 @@ def test_a_second_run_in_the_same_folder_is_refused(home):
 
 def test_a_time_limit_stops_saves_and_goes_on(home):
     result = start(home, "minutes", max_steps=100_000, max_minutes=0.03)
-    assert result.returncode == 75 and "the same line goes on from there" in result.stdout
+    assert result.returncode == 75 and "the same command resumes from there" in result.stdout
     step = len(metrics(home / "runs/minutes"))
     again = start(home, "minutes", max_steps=100_000, max_minutes=0.03)
     assert (
@@ -707,10 +707,10 @@ def test_a_disk_that_refuses_costs_no_older_checkpoint(home):
 
 def test_a_gradient_that_is_not_finite_is_left_out_and_told(home):
     result = start(home, "nan", max_lr=1e38, warmup_steps=0, max_grad_norm=0, max_steps=200)
-    assert result.returncode == 1 and "the step is left out" in result.stdout
+    assert result.returncode == 1 and "the step is skipped" in result.stdout
     assert (
         "20 bad steps in a row" in result.stderr
-        and "no checkpoint to go back to" in result.stderr
+        and "no checkpoint to roll back to" in result.stderr
         and "Traceback" not in result.stderr
     )
 

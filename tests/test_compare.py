@@ -53,7 +53,7 @@ def home(tmp_path_factory, texts):
             "muon": {"max_lr": 2e-3, "optimizer": "muon", "n_embd": 32},
         }.items():
             assert (
-                pretraining_advanced.main(
+                pretraining_advanced.run(
                     pretraining_advanced.TrainConfig(run_name=name, **advanced, **changes)
                 )
                 == 0
@@ -72,7 +72,7 @@ def home(tmp_path_factory, texts):
 def compared(home, *names) -> tuple[dict, list]:
     """({first column: the others} of the table, the lines below it) of these runs; columns are two spaces apart."""
     with contextlib.chdir(home):
-        text, _, _ = compare([f"runs/{name}" for name in names], read_metrics, parameters)
+        text, _, _ = compare([f"runs/{name}" for name in names])
     table, _, notes = text.partition("\nhighest memory")
     rows = {}
     for line in ("highest memory" + notes).splitlines()[:1] + table.splitlines()[1:]:
@@ -80,10 +80,6 @@ def compared(home, *names) -> tuple[dict, list]:
         if words:
             rows[words[0]] = words[1:]
     return rows, notes.splitlines()[2:]
-
-
-def parameters(shape: dict) -> int:
-    return gpt_train.count_parameters(gpt_train.GPTConfig(**shape))
 
 
 def refusal(home, *folders) -> str:
@@ -154,7 +150,7 @@ def test_runs_of_the_two_trainers_are_compared_in_what_both_know(home):
 
 def test_validation_in_a_record_of_its_own_stands_at_the_tokens_of_its_step(home):
     with contextlib.chdir(home):
-        _, curves, label = compare(["runs/simple", "runs/adamw"], read_metrics, parameters)
+        _, curves, label = compare(["runs/simple", "runs/adamw"])
     assert label == "tokens seen" and [name for name, *_ in curves] == ["simple", "adamw"]
     assert curves[0][2][0] == [0, 20 * 64, 40 * 64] and curves[0][1][0] == [
         64 * step for step in range(1, 41)
@@ -167,7 +163,7 @@ def test_validation_in_a_record_of_its_own_stands_at_the_tokens_of_its_step(home
 
 def test_a_run_without_tokens_puts_all_of_them_on_steps(home, tmp_path):
     copied(home, tmp_path, "adamw", "old", lambda r: {k: v for k, v in r.items() if k != "tokens"})
-    _, curves, label = compare([tmp_path / "old", home / "runs/simple"], read_metrics, parameters)
+    _, curves, label = compare([tmp_path / "old", home / "runs/simple"])
     assert (
         label == "optimizer steps"
         and curves[0][1][0] == list(range(1, 71))
@@ -195,9 +191,7 @@ def test_the_time_is_that_of_all_steps_though_each_rate_is_of_fifty(home, monkey
     for step in range(1, n_steps + 1):
         speed.start()
         records.append({"step": step, "tokens": step * 1000, **speed.stop(1000)})
-    assert Run(home / "runs/adamw", records, parameters).seconds == pytest.approx(
-        sum(took), rel=1e-3
-    )
+    assert Run(home / "runs/adamw", records).seconds == pytest.approx(sum(took), rel=1e-3)
 
 
 def test_a_long_run_is_kept_in_little_memory_and_its_means_are_right(home):
@@ -213,7 +207,7 @@ def test_a_long_run_is_kept_in_little_memory_and_its_means_are_right(home):
         for i in range(1, n + 1)
     )
     tracemalloc.start()
-    run = Run(home / "runs/adamw", records, parameters)
+    run = Run(home / "runs/adamw", records)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 10e6, peak  # all of them would be 40 MB
@@ -247,7 +241,7 @@ def test_damaged_lines_and_a_line_half_written_are_left_out(home, tmp_path):
     (torn / "metrics.jsonl").write_text(
         "".join([*text[:30], *odd[:3], *text[30:], odd[3], '{"step": 71, "tok']), encoding="utf-8"
     )
-    a, b = (Run(folder, read_metrics(folder), parameters) for folder in (whole, torn))
+    a, b = (Run(folder, read_metrics(folder)) for folder in (whole, torn))
     assert (
         a.figures == b.figures and a.train.points == b.train.points and a.val.points == b.val.points
     )
@@ -257,7 +251,7 @@ def test_a_run_that_has_only_begun_is_compared(home, tmp_path):
     begun = copied(home, tmp_path, "simple", "begun")
     first = (begun / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[0]
     (begun / "metrics.jsonl").write_text(first, encoding="utf-8")
-    text, curves, label = compare([begun, home / "runs/simple"], read_metrics, parameters)
+    text, curves, label = compare([begun, home / "runs/simple"])
     assert (
         label == "optimizer steps"
         and curves[0][1] == ([], [])
@@ -270,7 +264,7 @@ def test_a_run_that_has_only_begun_is_compared(home, tmp_path):
 def test_two_to_eight_runs_of_any_name_are_drawn(home, tmp_path):
     names = ["_a", "$x$ \\frac", "c" * 60, "d", "e", "f", "g", "h"]
     folders = [copied(home, tmp_path, "adamw", name) for name in names]
-    text, curves, label = compare(folders, read_metrics, parameters)
+    text, curves, label = compare(folders)
     assert (
         text.splitlines()[1].startswith("no setting differs")
         and [name for name, *_ in curves] == names
@@ -278,9 +272,7 @@ def test_two_to_eight_runs_of_any_name_are_drawn(home, tmp_path):
     assert draw_runs(curves, label).startswith(PNG)
     (tmp_path / "more").mkdir()
     same_name = [folders[3], copied(home, tmp_path / "more", "adamw", "d")]
-    assert [name for name, *_ in compare(same_name, read_metrics, parameters)[1]] == [
-        str(folder) for folder in same_name
-    ]
+    assert [name for name, *_ in compare(same_name)[1]] == [str(folder) for folder in same_name]
 
 
 def test_long_values_that_differ_in_their_middle_are_told_and_escapes_are_spelled_out(
@@ -294,7 +286,7 @@ def test_long_values_that_differ_in_their_middle_are_told_and_escapes_are_spelle
         facts["config"] |= {"dataset_name": value, "tokenizer": value[100] + "\x1b[31m"}
         facts["model_config"] = {"of": "a recipe"}
         (folder / "run.json").write_text(json.dumps(facts), encoding="utf-8")
-    text, _, _ = compare(folders, read_metrics, parameters)
+    text, _, _ = compare(folders)
     assert (
         "dataset_name" in text
         and "\x1b" not in text
@@ -313,9 +305,9 @@ def test_what_cannot_be_compared_is_one_line_and_nothing_is_written(home, tmp_pa
         (a,): "1 given; give 2 to 8",
         (a,) * 9: "9 given; give 2 to 8",
         (a, "runs/muon", "runs/../runs/adamw/"): "the same run",
-        (a, "runs/nowhere"): "runs/nowhere: no run here",
-        (a, f"{a}/checkpoints/step_000070"): "no run here",
-        (a, f"{a}/run.json"): "no run here",
+        (a, "runs/nowhere"): "runs/nowhere: has no run.json",
+        (a, f"{a}/checkpoints/step_000070"): "has no run.json",
+        (a, f"{a}/run.json"): "has no run.json",
     }.items():
         assert message in refusal(home, *folders)
     for text, message in {

@@ -87,7 +87,7 @@ PLAN = {
     "plan": True,
 }
 SCRIPTS = {
-    "advanced": lambda device: pretraining_advanced.main(
+    "advanced": lambda device: pretraining_advanced.run(
         pretraining_advanced.TrainConfig(device=device, dtype="fp32", **PLAN)
     ),
     "simple": lambda device: pretraining_simple.main(
@@ -254,7 +254,7 @@ def test_a_run_on_the_cpu_makes_no_cuda_context(monkeypatch, tmp_path):
         "activation_checkpointing": True,
     }
     with contextlib.chdir(tmp_path):
-        assert pretraining_advanced.main(pretraining_advanced.TrainConfig(**settings)) == 0
+        assert pretraining_advanced.run(pretraining_advanced.TrainConfig(**settings)) == 0
     assert len(list(tmp_path.glob("runs/advanced/checkpoints/*"))) == 2
 
 

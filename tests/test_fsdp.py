@@ -66,20 +66,21 @@ def test_slices_train_as_the_whole_model_does(home, whole, world, accumulation, 
 BUILDING = """
 import os
 import torch
-from parts.training.engine import Parallel
+from parts.training.engine import ENGINES
+from parts.training.ranks import Ranks
 from gpt_train import GPT, Block, GPTConfig
 
-def build(parallel):
-    with parallel.building():
+def build(engine):
+    with engine.building():
         model = GPT(GPTConfig(vocab_size=64, block_size=8, n_layer=2, n_head=2, n_embd=16))
-    assert next(model.parameters()).is_meta == (parallel.rank > 0)
+    assert next(model.parameters()).is_meta == (engine.ranks.rank > 0)
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    parallel.prepare(model, (Block,), lambda model: None)
-    for name, t in parallel.gathered(model.state_dict()):
+    engine.prepare(model, (Block,), lambda model: None)
+    for name, t in engine.whole(model.state_dict()):
         assert torch.equal(t, before[name]), name
 
-with Parallel("fsdp", torch.device("cpu"), torch.float32) as parallel:
-    build(parallel)
+with Ranks(torch.device("cpu"), group=True) as ranks:
+    build(ENGINES["fsdp"](ranks, torch.float32))
 os._exit(0)  # as run_script does
 """
 
@@ -111,7 +112,7 @@ def test_offload_trains_the_same_and_goes_with_slices_only(home, whole):  # noqa
     )
     for key, rel in (("train_loss", 1e-4), ("grad_norm", 1e-5), ("val_loss", 1e-4)):
         assert metrics(folder, key) == pytest.approx(metrics(whole, key), rel=rel), key
-    assert "--cpu_offload: goes with --parallel fsdp" in one_error_line(
+    assert "--cpu_offload: needs --parallel fsdp" in one_error_line(
         start(home, "bad", cpu_offload=True), 2
     )
 

@@ -2,30 +2,33 @@
 
 import dataclasses
 import math
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 
 from gpt_train import (
     GPT,
     SIZES,
     GPTConfig,
-    LayerCache,
     calc_loss_batch,
     calc_loss_loader,
-    continuations,
-    count_parameters,
     evaluate_model,
-    flops_per_token,
     generate,
     pick_device,
     plot_losses,
-    streamed,
+    sample_text,
     text_to_token_ids,
     token_ids_to_text,
 )
 from parts.data.tokenizers import byte_tokenizer
+from parts.model.kv_cache import LayerCache
+from parts.training.plan import count_parameters, flops_per_token
 
 TINY = GPTConfig(vocab_size=97, block_size=16, n_layer=2, n_head=2, n_embd=32)
 
@@ -261,14 +264,16 @@ def test_a_stream_gives_the_text_of_the_whole_and_never_half_a_character():
             257, TINY.n_embd, generator=torch.Generator().manual_seed(3)
         )
         model.wte.weight[256] = 0  # end-of-text is never the likeliest
-    whole = continuations(model, tokenizer, "cpu", "za\u017c", 1, 60, seed=4, temperature=2.0)[0]
-    pieces = list(streamed(model, tokenizer, "cpu", "za\u017c", 60, seed=4, temperature=2.0))
-    assert "".join(pieces) == whole and len(pieces) > 20
-    decoder = iter(["\u20ac".encode()[i : i + 1] for i in range(3)])
-    tokenizer.decode_bytes = lambda ids: next(decoder)
-    assert [
-        piece for piece in streamed(model, tokenizer, "cpu", "", 3, temperature=0) if piece
-    ] == ["\u20ac"]
+    whole = sample_text(model, tokenizer, "cpu", "za\u017c", 1, 60, seed=4, temperature=2.0)[0]
+    pieces = []
+    options = {"seed": 4, "temperature": 2.0, "on_piece": pieces.append}
+    text = sample_text(model, tokenizer, "cpu", "za\u017c", 1, 60, **options)[0]
+    assert text == whole == "".join(pieces) and len(pieces) > 20
+    euro, pieces = "\u20ac".encode(), []
+    tokenizer.decode_bytes = lambda ids: euro[len(pieces) : len(pieces) + 1]
+    tokenizer.decode = lambda ids: ""
+    sample_text(model, tokenizer, "cpu", "", 1, 3, temperature=0, on_piece=pieces.append)
+    assert pieces == ["", "", "\u20ac", ""], "a character comes when it is complete"
 
 
 def test_a_head_of_its_own_is_used_trained_and_counted():
@@ -337,3 +342,30 @@ def test_plots_are_written_without_a_display_or_not_at_all(tmp_path, suffix, mon
 def test_an_unknown_device_is_one_clear_error():
     with pytest.raises(ValueError, match="--device tpux: 'tpux'"):
         pick_device("tpux")
+
+
+def test_the_model_can_be_copied_with_torch_and_two_modules_of_ours(tmp_path):
+    source = (ROOT / "gpt_train.py").read_text(encoding="utf-8")
+    start = source.index("# ---", source.index("from parts.training.plan"))
+    section = source[start : source.index("# ---", start + 90)]
+    head = "from __future__ import annotations\nimport math\nfrom dataclasses import dataclass\n"
+    head += "import torch\nimport torch.nn as nn\nimport torch.nn.functional as F\n"
+    head += "from few_row_matmul import Linear, product\nfrom losses import cross_entropy_of_head\n"
+    (tmp_path / "model.py").write_text(head + section, encoding="utf-8")
+    for name in ("few_row_matmul", "losses"):
+        shutil.copy(ROOT / f"parts/model/{name}.py", tmp_path)
+    torch.save(tiny_model().state_dict(), tmp_path / "weights.pt")
+    ids = torch.randint(97, (2, 12))
+    code = (
+        "import torch, model\n"
+        f"gpt = model.GPT(model.GPTConfig(**{dataclasses.asdict(TINY)}))\n"
+        "gpt.load_state_dict(torch.load('weights.pt', weights_only=True))\n"
+        f"ids = torch.tensor({ids.tolist()})\n"
+        "torch.save([gpt.eval()(ids), gpt(ids, ids)], 'out.pt')\n"
+        "import sys; assert not any(name.startswith('parts') for name in sys.modules)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=environment)
+    logits, loss = torch.load(tmp_path / "out.pt", weights_only=True)
+    model = tiny_model().eval()
+    assert torch.equal(logits, model(ids)) and torch.equal(loss, model(ids, ids))

@@ -40,18 +40,18 @@ def home(tmp_path_factory):
     return folder
 
 
-def train(home, monkeypatch, name, change_loss=None, leave_out=(), **settings) -> int:
+def train(home, monkeypatch, name, change_loss=None, skip=(), **settings) -> int:
     """
     The trainer, in this process. change_loss(windows, loss) gets the global windows that a micro-batch holds, and may
-    spoil its loss; leave_out: stretches of windows to pass over from the beginning.
+    spoil its loss; skip: stretches of windows to pass over from the beginning.
     """
     config = TrainConfig(**{**SETTINGS, "run_name": name, **settings})
     make_job = pretraining_advanced.gpt_job
 
     def gpt_job(config, building):
         job = make_job(config, building)
-        for stretch in leave_out:
-            job.train_batches.leave_out(*stretch)
+        for stretch in skip:
+            job.train_batches.skip(*stretch)
         number = {job.train_batches.rows(k, 1)[0, :-1].tobytes(): k for k in range(400)}
 
         def loss_fn(model, batch):
@@ -61,9 +61,8 @@ def train(home, monkeypatch, name, change_loss=None, leave_out=(), **settings) -
 
         return dataclasses.replace(job, loss_fn=loss_fn if change_loss else job.loss_fn)
 
-    with monkeypatch.context() as patch, contextlib.chdir(home):
-        patch.setattr(pretraining_advanced, "gpt_job", gpt_job)
-        return pretraining_advanced.main(config)
+    with contextlib.chdir(home):
+        return pretraining_advanced.run(config, gpt_job)
 
 
 def spoil(bad, value=math.nan):
@@ -102,7 +101,7 @@ def test_one_bad_step_is_applied_nowhere_and_the_run_goes_on(home, monkeypatch, 
     name = f"one_{value}"
     assert train(home, monkeypatch, name, spoil([41], value)) == 0  # of the eleventh step
     found = records(home, name)
-    assert [r["step"] for r in found if "left_out" in r] == [11] and found[11]["train_loss"] is None
+    assert [r["step"] for r in found if "skipped" in r] == [11] and found[11]["train_loss"] is None
     assert all(math.isfinite(r["train_loss"]) for r in found[1:] if r["step"] != 11)
     assert "step 11: the loss is" in capsys.readouterr().out
     assert train(home, monkeypatch, f"{name}_until", max_steps=10) == 0
@@ -131,7 +130,7 @@ def test_a_gradient_that_is_not_finite_is_applied_nowhere(home, monkeypatch):
     )
     found = records(home, "gradient")
     assert (
-        found[11]["left_out"] == "the gradient is nan"
+        found[11]["skipped"] == "the gradient is nan"
         and found[11]["grad_norm"] is None
         and found[11]["train_loss"] > 0
     )
@@ -139,17 +138,17 @@ def test_a_gradient_that_is_not_finite_is_applied_nowhere(home, monkeypatch):
 
 def test_a_bad_stretch_sends_the_run_back_and_past_it(home, monkeypatch, capsys):
     """Steps 12, 13 and 14 (windows 48 to 59 with four to a step) are bad; the run that never saw them is the reference."""
-    assert train(home, monkeypatch, "reference", leave_out=[(48, 60)], save_ckpt_freq=7) == 0
+    assert train(home, monkeypatch, "reference", skip=[(48, 60)], save_ckpt_freq=7) == 0
     assert train(home, monkeypatch, "stretch", spoil(range(48, 60))) == 0
-    assert "back to step 10, without windows 48 to 59" in capsys.readouterr().out
+    assert "rolled back to step 10, skipping rows 48 to 59" in capsys.readouterr().out
     assert bits(home, "stretch") == bits(home, "reference")
-    assert records(home, "stretch")[10]["left_out_windows"] == [48, 60]
+    assert records(home, "stretch")[10]["skipped_rows"] == [48, 60]
 
 
 def test_a_run_that_was_stopped_in_a_bad_stretch_ends_with_the_same_bits(home, monkeypatch):
     bad = range(48, 60)
     if not (home / "runs/reference").exists():
-        assert train(home, monkeypatch, "reference", leave_out=[(48, 60)], save_ckpt_freq=7) == 0
+        assert train(home, monkeypatch, "reference", skip=[(48, 60)], save_ckpt_freq=7) == 0
     for step in (11, 13, 15):
         name = f"stopped{step}"
 
@@ -166,7 +165,7 @@ def test_a_run_that_was_stopped_in_a_bad_stretch_ends_with_the_same_bits(home, m
 def test_a_second_bad_stretch_at_the_same_place_ends_the_run(home, monkeypatch):
     with pytest.raises(
         RuntimeError,
-        match="3 bad steps in a row.*once more since step 10; go on from there with a lower --max_lr",
+        match="3 bad steps in a row.*again since step 10; resume from there with a lower --max_lr",
     ):
         train(home, monkeypatch, "again", spoil(range(48, 400)))
     assert newest_checkpoint(home / "runs/again").name == "step_000010"
@@ -190,12 +189,11 @@ def gpt_job(config, building, make_job=advanced.gpt_job):
 
     return dataclasses.replace(job, loss_fn=loss_fn)
 
-advanced.gpt_job = gpt_job
-run_script(lambda: advanced.main(parse(advanced.TrainConfig)))
+run_script(lambda: advanced.run(parse(advanced.TrainConfig), gpt_job))
 """
 
 
-def test_what_is_bad_on_one_rank_is_left_out_on_all(home):
+def test_what_is_bad_on_one_rank_is_skipped_on_all(home):
     script = home / "on_one_rank.py"
     script.write_text(ON_ONE_RANK.format(root=str(ROOT)), encoding="utf-8")
     settings = {**SETTINGS, "batch_size": 2, "run_name": "one_rank"}
@@ -204,22 +202,22 @@ def test_what_is_bad_on_one_rank_is_left_out_on_all(home):
     assert [r.returncode for r in results] == [0, 0], (
         results[0].stderr[-2000:] + results[1].stderr[-2000:]
     )
-    assert "back to step 10, without windows 48 to 59" in results[0].stdout
+    assert "rolled back to step 10, skipping rows 48 to 59" in results[0].stdout
     assert records(home, "one_rank")[20]["val_loss"] < 5
 
 
 def test_without_a_checkpoint_there_is_no_way_back(home, monkeypatch):
-    with pytest.raises(RuntimeError, match="no checkpoint to go back to"):
+    with pytest.raises(RuntimeError, match="no checkpoint to roll back to"):
         train(home, monkeypatch, "early", spoil(range(400)))
 
 
-def test_a_spike_is_left_out_where_that_was_asked_for(home, monkeypatch):
+def test_a_spike_is_skipped_where_that_was_asked_for(home, monkeypatch):
     settings = {"spike_zscore": 8.0, "spike_window": 10, "max_steps": 30}
     for name, more in (("spike", settings), ("no_spike", {"max_steps": 30})):
         assert train(home, monkeypatch, name, spoil([100], 50.0), **more) == 0
-    spiked = [r["left_out"] for r in records(home, "spike") if "left_out" in r]
+    spiked = [r["skipped"] for r in records(home, "spike") if "skipped" in r]
     assert len(spiked) == 1 and "standard deviations above the last 10" in spiked[0]
-    assert not [r for r in records(home, "no_spike") if "left_out" in r]
+    assert not [r for r in records(home, "no_spike") if "skipped" in r]
 
 
 def test_the_spike_window_is_in_the_checkpoint():
@@ -274,7 +272,7 @@ MLP.forward = forward
 config = advanced.TrainConfig(dataset_name="data", tokenizer="bytes", val_share=0.05, model_size="nano", context_length=32,
     batch_size=4, max_steps=6, max_lr=1e-4, warmup_steps=2, device="cpu", dtype="fp32", print_sample_iter=100,
     run_name=sys.argv[2], parallel=sys.argv[3])
-sys.exit(advanced.main(config))
+sys.exit(advanced.run(config))
 """
 
 
@@ -295,8 +293,7 @@ def test_too_little_memory_on_one_of_two_ranks(home, parallel):
         done = subprocess.run(line, cwd=home, env=env, capture_output=True, text=True, timeout=120)
         assert (
             done.returncode == 1
-            and "out of memory with micro-batches of 4 rows; the same run goes on with"
-            in done.stderr
+            and "out of memory with micro-batches of 4 rows; resume this run with" in done.stderr
         )
         return
     first, then = (
@@ -330,20 +327,20 @@ def test_one_row_that_does_not_fit_ends_the_run(home, monkeypatch):
         train(home, monkeypatch, "nothing", no_memory)
 
 
-def test_windows_that_are_left_out_come_in_no_batch(home):
+def test_windows_that_are_skipped_come_in_no_batch(home):
     class Text:
         folder, tokens = "text", [np.arange(3301)]
 
         def check(self, *_):
             """As it was written."""
 
-    def order(left_out, n):
+    def order(skipped, n):
         batches = TrainBatches(Text(), 33, 1, 5000)
         batches.share(0, 1, 4, 4)
-        for stretch in left_out:
-            batches.leave_out(*stretch)
+        for stretch in skipped:
+            batches.skip(*stretch)
         stream = iter(batches)
-        return [tuple(next(stream)["inputs"][:, 0].tolist()) for _ in range(n)]
+        return [tuple(next(stream)[0]["inputs"][:, 0].tolist()) for _ in range(n)]
 
     straight = order([], 12)
     assert order([(8, 16)], 10) == straight[:2] + straight[4:]

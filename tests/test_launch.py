@@ -51,7 +51,7 @@ def test_flags_take_both_spellings_and_booleans_both_ways():
             ["--max_steps", "a", "--lr", "b"],
             ["--max_steps: 'a' is not a whole number", "--lr: 'b' is not a number"],
         ),
-        (["--lr"], ["--lr: needs a number behind it"]),
+        (["--lr"], ["--lr: needs a number after it"]),
         (["--zzz", "--lr=x"], ["--zzz: no such flag (see --help)", "--lr: 'x' is not a number"]),
         (["--fast", "False"], ["Unrecognized options: False (see --help)"]),
         (["--book_ids", "x"], None),

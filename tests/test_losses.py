@@ -114,7 +114,9 @@ def kernels_of_head(N=16 * 1024, C=768, V=50257) -> list[str]:
     targets = torch.empty(N, dtype=torch.int64, device="meta")
     losses._adds_in_fp32("meta", torch.bfloat16)  # asked once in a process
     with Kernels() as kernels:
-        losses._loss_and_gradients(hidden, weight, targets, torch.bfloat16, False, True, True)
+        losses._loss_and_gradients(
+            hidden, weight, targets, None, torch.bfloat16, False, True, True, False
+        )
     return kernels.names
 
 
@@ -148,7 +150,11 @@ def test_the_large_pieces_of_a_gpu_give_the_same_loss_and_gradients(monkeypatch,
     monkeypatch.setattr(losses, "HELD_ON_GPU", 301 * 1024)
     hidden, weight, targets = inputs(N=N, ignored=N // 7)
     with torch.no_grad():
-        ours = losses._loss_and_gradients(hidden, weight, targets, dtype, False, True, True)
+        options = (None, dtype, False, True, True, False)
+        loss, (d_hidden, d_weight, _) = losses._loss_and_gradients(
+            hidden, weight, targets, *options
+        )
+    ours = (loss, d_hidden, d_weight)
     loss = plain(hidden, weight, targets)
     for a, b in zip(ours, (loss, *torch.autograd.grad(loss, (hidden, weight))), strict=True):
         assert a.dtype == torch.float32 and relative(a, b) < (
@@ -239,3 +245,44 @@ def test_attention_as_products_is_attention():
         block.attn.dropout = 1e-9  # with dropout it is torch's own kernel
         theirs = block.train()(x).float()
     assert relative(ours - x, theirs - x) < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ignored", [0, 9, 40])
+@pytest.mark.parametrize("held", [2**25, 300])
+def test_a_bias_of_the_head_is_added_and_trained(monkeypatch, dtype, ignored, held):
+    """Against the whole logits; in bf16 to its precision. ignored: targets of 40 that are -100."""
+    monkeypatch.setattr(losses, "HELD", held)
+    torch.manual_seed(0)
+    tensors = [torch.randn(40, 8), torch.randn(23, 8), torch.randn(23)]
+    targets = torch.randint(23, (40,))
+    targets[:ignored] = -100
+
+    def results(function):
+        hidden, weight, bias = [t.clone().requires_grad_() for t in tensors]
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = function(hidden, weight, bias)
+        (2 * loss).backward()
+        return [loss.detach(), hidden.grad, weight.grad, bias.grad]
+
+    ours = results(lambda h, w, b: cross_entropy_of_head(h, w, targets, b))
+    with_logits = results(
+        lambda h, w, b: torch.nn.functional.cross_entropy(
+            torch.nn.functional.linear(h, w, b).float(), targets, reduction="sum"
+        )
+    )
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
+    for a, b in zip(ours, with_logits, strict=True):
+        assert torch.allclose(a, b, atol=tolerance, rtol=tolerance)
+
+
+def test_a_bias_that_is_not_trained_gets_no_gradient():
+    hidden, weight, targets = inputs(N=5)
+    bias = torch.randn(len(weight))
+    cross_entropy_of_head(hidden, weight, targets, bias).backward()
+    assert bias.grad is None and hidden.grad is not None
+    with torch.no_grad():
+        loss = cross_entropy_of_head(hidden, weight, targets, bias)
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    plain_loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    assert torch.allclose(loss, plain_loss, rtol=1e-5)

@@ -11,13 +11,15 @@ import pytest
 import torch
 from conftest import GPT2_CACHE, ROOT, TINY, one_error_line, ranks, run
 
-from gpt_train import GPT, SIZES, Block, GPTConfig, attends_in_products, count_parameters, memory_of
+from gpt_train import GPT, SIZES, Block, GPTConfig, attends_in_products
 from parts.base.units import format_bytes, format_duration
-from parts.training.engine import _recompute_in_backward
+from parts.training.engine import recompute_in_backward
 from parts.training.optim import predicted_state_bytes
 from parts.training.plan import (
     Setting,
     activation_bytes,
+    count_parameters,
+    memory_of,
     parameters_by_part,
     seconds_of,
     ways_to_fit,
@@ -48,7 +50,7 @@ def kept_by_autograd(config, B: int, dtype, recomputed: bool) -> int:
     model, kept = GPT(config), {}
     if recomputed:
         for block in model.h:
-            _recompute_in_backward(block)
+            recompute_in_backward(block)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def keep(tensor):

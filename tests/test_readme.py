@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT
 
 from parts.cli.config import from_yaml
-from pretraining_advanced import TrainConfig, check
+from parts.training.run_settings import check_settings
+from pretraining_advanced import TrainConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
@@ -80,7 +81,7 @@ def test_every_configuration_opens_with_its_command_and_holds_known_settings(pat
         "its cost: measured, with the date, or said not to be"
     )
     config = from_yaml(TrainConfig, str(path))
-    check(config)
+    check_settings(config)
     assert config.run_name == path.stem
 
 

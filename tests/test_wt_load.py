@@ -15,7 +15,7 @@ from test_gpt import as_transformers
 from test_tf_bundle import save as save_bundle
 
 import wt_load
-from gpt_train import GPT, SIZES, GPTConfig, continuations, load_model
+from gpt_train import GPT, SIZES, GPTConfig, load_model, sample_text
 from parts.data.tokenizers import Tokenizer, byte_tokenizer, train_bpe
 from parts.storage.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from wt_load import (
@@ -336,7 +336,7 @@ def test_what_was_trained_here_writes_the_same_in_transformers(trained, tmp_path
     ids = theirs.generate(
         start, attention_mask=torch.ones_like(start), max_new_tokens=50, do_sample=False
     )
-    ours = continuations(model, tokenizer, "cpu", "the old", 1, 50, temperature=0)[0]
+    ours = sample_text(model, tokenizer, "cpu", "the old", 1, 50, temperature=0)[0]
     assert (
         words.decode(ids[0, start.shape[1] :], skip_special_tokens=True) == ours and len(ours) > 50
     )
@@ -418,7 +418,7 @@ def test_a_padded_vocabulary_comes_in_and_its_extra_ids_are_never_sampled(tmp_pa
     main(ImportConfig(str(tmp_path / "a.pt"), str(tmp_path / "run"), n_head=4))
     loaded, tokenizer, _ = load_model(tmp_path / "run", "cpu")
     assert loaded.config.vocab_size == 320
-    assert len(continuations(loaded, tokenizer, "cpu", "a", 4, 40, temperature=5.0, seed=1)) == 4
+    assert len(sample_text(loaded, tokenizer, "cpu", "a", 4, 40, temperature=5.0, seed=1)) == 4
 
 
 # ------------------------------------------------------------------------------------------------------- looking

@@ -30,21 +30,23 @@ def compile_softmax(on: bool) -> None:
     _one_kernel = torch.compile(_softmax_for_compiler, dynamic=False) if on else None
 
 
-def cross_entropy_of_head(hidden, weight, targets):
+def cross_entropy_of_head(hidden, weight, targets, bias=None):
     """
-    fp32 sum of the cross-entropy of logits = hidden @ weight.T over targets that are not -100.
+    fp32 sum of the cross-entropy of logits = hidden @ weight.T + bias over targets not -100.
 
-    hidden (N, C), weight (V, C), targets (N,) int64; returns a scalar. Under autocast the products
+    hidden (N, C), weight (V, C), targets (N,) int64, bias (V,) or None; returns a scalar. Under autocast the products
     are in its dtype; the softmax is always in fp32. Equals F.cross_entropy of the whole logits, to
     rounding. It can be differentiated once.
     """
     dtype = _product_dtype(hidden)
     if not torch.is_grad_enabled():  # which an autograd.Function does not see in its inputs
         hidden, weight = hidden.detach(), weight.detach()
+        bias = None if bias is None else bias.detach()
     if dtype == torch.float16:  # its gradient would have to be scaled before it is known by what
-        logits = F.linear(hidden, _padded(weight, dtype))[:, : len(weight)]
-        return F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
-    return _Blocked.apply(hidden, weight, targets, dtype)
+        logits = F.linear(hidden, _padded(weight, dtype))[:, : len(weight)].float()
+        logits = logits if bias is None else logits + bias
+        return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+    return _Blocked.apply(hidden, weight, targets, dtype, bias)
 
 
 def head_bytes(N: int, C: int, V: int, dtype: torch.dtype, device: str) -> int:
@@ -89,27 +91,36 @@ def _padded(weight, dtype):
 
 class _Blocked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, dtype):
+    def forward(ctx, hidden, weight, targets, dtype, bias):
         with torch.autocast(hidden.device.type, enabled=False):
-            options = (dtype, hidden.device.type == "cpu", *ctx.needs_input_grad[:2])
-            loss, d_hidden, d_weight = _loss_and_gradients(hidden, weight, targets, *options)
-        ctx.save_for_backward(d_hidden, d_weight)
+            needed = (*ctx.needs_input_grad[:2], ctx.needs_input_grad[4])
+            on_cpu = hidden.device.type == "cpu"
+            tensors = (hidden, weight, targets, bias)
+            loss, gradients = _loss_and_gradients(*tensors, dtype, on_cpu, *needed)
+        ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, of_loss):
-        d_hidden, d_weight = ctx.saved_tensors
-        return (
-            d_hidden if d_hidden is None else d_hidden * of_loss,
-            d_weight if d_weight is None else d_weight.mul_(of_loss),
-            None,
-            None,
-        )
+        d_hidden, d_weight, d_bias = ctx.saved_tensors
+        if d_hidden is not None:
+            d_hidden = d_hidden * of_loss
+        if d_weight is not None:
+            d_weight = d_weight.mul_(of_loss)
+        if d_bias is not None:
+            d_bias = d_bias * of_loss
+        return d_hidden, d_weight, None, None, d_bias
 
 
-def _loss_and_gradients(hidden, weight, targets, dtype, on_cpu, for_hidden, for_weight):
-    """(loss, gradient by hidden or None, gradient by weight or None); pieces are small on a CPU."""
+def _loss_and_gradients(
+    hidden, weight, targets, bias, dtype, on_cpu: bool, for_hidden, for_weight, for_bias
+):
+    """
+    (loss, gradients by hidden, weight and bias): None for those that are not needed.
+
+    Pieces are small on a CPU.
+    """
     (N, C), V, device = hidden.shape, len(weight), hidden.device
     kept = targets != -100  # (N,)
     targets = targets.clamp(min=0)[:, None]  # (N, 1)
@@ -122,22 +133,31 @@ def _loss_and_gradients(hidden, weight, targets, dtype, on_cpu, for_hidden, for_
     loss = torch.zeros((), device=device)
     d_hidden = torch.empty(N, C, dtype=dtype, device=device) if for_hidden else None
     d_weight = torch.empty_like(weight) if for_weight else None
+    d_bias = torch.zeros(V, device=device) if for_bias else None
+    with_gradient = for_hidden or for_weight or for_bias
     for start in range(0, N, rows):
         stop = min(start + rows, N)
         for first in range(start, stop, few):
             last = min(first + few, stop)
             z = logits[first - start : last - start]  # (n, V or more)
             torch.mm(h[first:last], w.T, out=z)
+            if bias is not None:
+                z[:, :V] += bias.detach()
             z[:, V:] = -torch.inf
-            loss += softmax(z, targets[first:last], kept[first:last], for_hidden or for_weight)
+            loss += softmax(z, targets[first:last], kept[first:last], with_gradient)
         z = logits[: stop - start]
         if for_hidden:
             torch.mm(z, w, out=d_hidden[start:stop])
         if for_weight:
             _add_product(d_weight, z[:, :V], h[start:stop], start == 0, on_cpu)
+        if for_bias:
+            z *= kept[start:stop, None]
+            d_bias += z[:, :V].sum(dim=0, dtype=torch.float32)
     if for_hidden:
         d_hidden = d_hidden.mul_(kept[:, None]).to(hidden.dtype)
-    return loss, d_hidden, d_weight
+    if for_bias:
+        d_bias = d_bias.to(bias.dtype)
+    return loss, (d_hidden, d_weight, d_bias)
 
 
 def _softmax_in_place(z, target, kept, gradient: bool, room):

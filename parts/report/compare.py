@@ -11,10 +11,14 @@ import array
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
+from parts.base.files import read_json
 from parts.base.units import format_duration
+from parts.training.metrics import read_metrics
+from parts.training.plan import count_parameters
 
 MOST_RUNS = 8  # more curves are no longer told apart by their colours
 MOST_POINTS = 2000  # of one curve
@@ -54,13 +58,14 @@ class Curve:
 
 class Run:
     """
-    What is told of one run: `settings` {name: JSON value}, `figures` {label: text}, the curves `train` and `val`.
+    What is known of one run: `settings` {name: JSON value}, `figures` {label: text}, the curves
+    `train` and `val`.
 
-    folder: of either trainer; records: those of its metrics.jsonl, in order; n_parameters: the configuration of a model -> their number.
-    Raises ValueError or FileNotFoundError where the folder holds no run, or one without records.
+    folder: of either trainer; records: those of its metrics.jsonl, in order. Raises ValueError or
+    FileNotFoundError if the folder holds no run, or one without records.
     """
 
-    def __init__(self, folder, records, n_parameters):
+    def __init__(self, folder, records):
         facts = _facts(Path(folder))
         self.name, self.script, self.settings = str(folder), _script(facts), _settings(facts)
         self.train, self.val = Curve(), Curve()
@@ -71,13 +76,10 @@ class Run:
             raise ValueError(
                 f"--compare: {folder} has no records in metrics.jsonl; wait for its first step, or leave it out"
             )
-        try:
-            n = f"{n_parameters(model):,}" if (model := _model(facts)) else "-"
-        except (TypeError, ValueError):  # a model of another kind, of a recipe
-            n = "-"
+        n = _n_parameters(_model(facts))
         best = self.best or {}
         self.figures = {
-            "parameters": n,
+            "parameters": f"{n:,}" if n else "-",
             "steps": f"{self.step:,}",
             "tokens": f"{self.tokens:,}" if self.tokens else "-",
             "best validation loss": f"{best['val_loss']:.4f}" if best else "-",
@@ -131,11 +133,11 @@ READ = (
 )  # of a record
 
 
-def compare(folders, read_metrics, n_parameters) -> tuple[str, list, str]:
+def compare(folders) -> tuple[str, list, str]:
     """
-    (a table of the runs in these folders, their curves for parts.report.plots.draw_runs, the label of its x axis).
+    (table of the runs in these folders, their curves for draw_runs, the label of its x axis).
 
-    read_metrics: folder -> its records. Raises ValueError or FileNotFoundError for what cannot be compared.
+    Raises ValueError or FileNotFoundError for runs that cannot be compared.
     """
     if not 2 <= len(folders) <= MOST_RUNS:
         raise ValueError(
@@ -146,7 +148,7 @@ def compare(folders, read_metrics, n_parameters) -> tuple[str, list, str]:
         str(f) for f, place in zip(folders, places, strict=True) if places.count(place) > 1
     ]:
         raise ValueError(f"--compare: {' and '.join(twice)} are the same run; give each once")
-    runs = [Run(folder, read_metrics(folder), n_parameters) for folder in folders]
+    runs = [Run(folder, read_metrics(folder)) for folder in folders]
     names = [place.name for place in places]
     if len(set(names)) == len(names):
         for run, name in zip(runs, names, strict=True):
@@ -223,23 +225,29 @@ def _facts(folder: Path) -> dict:
     path = folder / "run.json"
     if not path.exists():
         raise FileNotFoundError(
-            f"--compare: {folder}: no run here, it has no run.json; give run folders such as runs/simple"
+            f"--compare: {folder}: has no run.json, so it is not a run; "
+            "give run folders such as runs/simple"
         )
-    if (
-        not path.is_file() or not (folder / "metrics.jsonl").is_file()
-    ):  # to read a pipe would be to wait for it
+    if not path.is_file() or not (folder / "metrics.jsonl").is_file():
         raise ValueError(
-            f"--compare: {folder} has no records in metrics.jsonl; wait for its first step, or leave it out"
+            f"--compare: {folder} has no records in metrics.jsonl; wait for its first step, "
+            "or leave it out"
         )
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(
-            f"--compare: {path}: not readable as JSON ({' '.join(str(e).split())[:150]}); leave this run out"
-        ) from e
-    if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
+        facts = read_json(path, "leave this run out")
+    except ValueError as e:
+        raise ValueError(f"--compare: {e}") from e
+    if not isinstance(facts.get("config"), dict):
         raise ValueError(f"--compare: {path}: holds no configuration of a run; leave this run out")
     return facts
+
+
+def _n_parameters(model: dict) -> int | None:
+    """Parameters of a GPT of this configuration; None if it is not one."""
+    try:
+        return count_parameters(SimpleNamespace(**{"tied": True, **model}))
+    except (AttributeError, TypeError):
+        return None
 
 
 def _model(facts: dict) -> dict:

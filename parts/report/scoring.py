@@ -22,6 +22,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from parts.data.shards import Shards, read_index
+
 HELLASWAG_URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 MAX_BYTES = 64 << 20  # of a download; the file has 12 MB
 
@@ -291,3 +293,81 @@ def score_hellaswag(
         "accuracy_norm": n_right_norm / len(items),
         "items": len(items),
     }
+
+
+def read_text(path, flag: str) -> str:
+    """A UTF-8 text file. Raises ValueError naming the flag that asked for it."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{flag}: {path}: not UTF-8 text ({e.reason}); convert it") from e
+
+
+def ids_to_score(data: str, tokenizer) -> list:
+    """
+    Streams of token ids (n,) of what --eval names.
+
+    A folder of token shards (its validation part), a text file, or a folder of .txt files. Raises
+    ValueError or FileNotFoundError.
+    """
+    path = Path(data)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"--eval: {path} does not exist; give token shards, a text file or folder, "
+            "hellaswag, or hellaswag:FILE"
+        )
+    if path.is_dir() and any(path.glob("*.bin")):
+        return _validation_tokens(path, tokenizer)
+    files = [path] if path.is_file() else sorted(path.rglob("*.txt"))
+    documents = [read_text(file, "--eval") for file in files]
+    if not any(documents):
+        raise ValueError(
+            f"--eval: {path} holds no text; give token shards, a text file, "
+            "or a folder of .txt files"
+        )
+    return [np.concatenate(([tokenizer.eot], tokenizer.encode_documents(documents)))]
+
+
+def _validation_tokens(folder: Path, tokenizer) -> list:
+    index = read_index(folder)
+    made_with = index["tokenizer"]
+    if made_with and made_with["fingerprint"] != tokenizer.fingerprint:
+        raise ValueError(
+            f"--eval: {folder} was made with another tokenizer ({made_with['name']}) "
+            "than the checkpoint's"
+        )
+    shards = Shards(folder, "val", index)
+    for i, tokens in enumerate(shards.tokens):
+        shards.check(i, [0], len(tokens))
+    highest = max((int(tokens.max(initial=0)) for tokens in shards.tokens), default=0)
+    if not len(shards) or highest >= tokenizer.vocab_size:
+        raise ValueError(
+            f"--eval: {folder} has no tokens for validation, or ids that the checkpoint's "
+            "tokenizer does not have"
+        )
+    return shards.tokens
+
+
+def score(model, tokenizer, data: str, block_size: int, stride: int, batch_size: int, device):
+    """One line with the figures of what --eval names: token shards, texts, or hellaswag[:FILE]."""
+    name, _, file = data.partition(":")
+    options = {"block_size": block_size, "batch_size": batch_size, "device": device}
+    if name == "hellaswag":
+        path = fetch_hellaswag(file or "hellaswag_val.jsonl")
+        items = read_hellaswag(path)
+        r = score_hellaswag(model, items, tokenizer.encode, tokenizer.eot, **options)
+        return (
+            f"{path}: accuracy {r['accuracy']:.4f}, length-normalised {r['accuracy_norm']:.4f} "
+            f"({r['items']:,} items)"
+        )
+    streams, token_bytes = ids_to_score(data, tokenizer), tokenizer.token_bytes()
+    parts = [score_tokens(model, ids, stride=stride, **options) for ids in streams]
+    n_tokens = sum(part["tokens"] for part in parts)
+    nats = sum(part["loss"] * part["tokens"] for part in parts)
+    n_bytes = sum(int(token_bytes[ids[1:]].sum()) for ids in streams)
+    loss = nats / n_tokens
+    bits = f", {nats / math.log(2) / n_bytes:.4f} bits per byte" if n_bytes else ""
+    return (
+        f"{data}: loss {loss:.6f} nats per token, perplexity {math.exp(min(loss, 700)):.3f}{bits} "
+        f"({n_tokens:,} tokens scored)"
+    )

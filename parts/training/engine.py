@@ -212,9 +212,9 @@ class Engine:
         tensors, numbers = self.optimizer.state_dict()
         return tensors, {"optimizer_numbers": numbers, "loss_scale": self.loss_scale}
 
-    def state_names(self) -> set[str]:
-        """Names of the optimizer tensors that a checkpoint must have."""
-        return self.optimizer.expected()
+    def unknown(self, names) -> set[str]:
+        """Those of these names of optimizer tensors that `load` has no place for."""
+        return self.optimizer.unknown(names)
 
     def load(self, weights: dict, tensors: dict, numbers: dict, with_optimizer: bool) -> None:
         """

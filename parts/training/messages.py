@@ -92,7 +92,7 @@ def tell_what_runs(job, config, engine, rows_per_step: int, accum: int, step: in
     )
     if config.max_steps:
         n = config.max_steps - step
-        line = f"to do: {n:,} of {config.max_steps:,} steps, {n * rows_per_step * T:,} tokens"
+        line = f"to go: {n:,} of {config.max_steps:,} steps, {n * rows_per_step * T:,} tokens"
         if job.train_batches:
             line += f"; {job.train_batches.n_rows:,} rows in an epoch"
         lines.append(line)

@@ -278,9 +278,10 @@ class Optimizer:
                 )
             part.state[p][entry] = value
 
-    def expected(self) -> set[str]:
-        """Temporary."""
-        return set(self.state_dict()[0])
+    def unknown(self, names) -> set[str]:
+        """Those of the tensor names `parameter|entry` that belong to no parameter here."""
+        own = set(self.names.values())
+        return {name for name in names if name.rpartition("|")[0] not in own}
 
     def state_bytes(self) -> int:
         """Bytes of everything but the step counters."""
@@ -306,21 +307,22 @@ def _galore(kind: str, device):
 
 
 def predicted_state_bytes(model, blocks, kind: str, galore_rank: int = 128) -> int:
-    """Bytes of fp32 optimizer state that a kind needs for a model: two moments for AdamW, less for the others."""
+    """
+    Bytes of fp32 optimizer state that a kind needs for the trainable parameters of a model.
+
+    Two moments for AdamW, less for the others. blocks: classes whose matrices the others take.
+    """
+    trained = {id(p): p for p in model.parameters() if p.requires_grad}
     in_blocks = {
         id(p)
-        for m in model.modules()
-        if isinstance(m, tuple(blocks))
-        for p in m.parameters()
+        for module in model.modules()
+        if isinstance(module, tuple(blocks))
+        for p in module.parameters()
         if p.ndim == 2
     }
-    matrices = [tuple(p.shape) for p in model.parameters() if id(p) in in_blocks]
-    return state_bytes_of(
-        matrices,
-        sum(p.numel() for p in model.parameters() if id(p) not in in_blocks),
-        kind,
-        galore_rank,
-    )
+    matrices = [tuple(p.shape) for key, p in trained.items() if key in in_blocks]
+    n_others = sum(p.numel() for key, p in trained.items() if key not in in_blocks)
+    return state_bytes_of(matrices, n_others, kind, galore_rank)
 
 
 def state_bytes_of(matrices: list[tuple], n_others: int, kind: str, galore_rank: int = 128) -> int:

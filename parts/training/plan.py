@@ -1,24 +1,29 @@
 """
-Before the first step: parameters, operations, memory, disk and time of a GPT, by arithmetic on its shape. Nothing is built here.
+Before the first step: parameters, memory, disk and time of a GPT, by arithmetic on its shape.
 
-Which tensors the forward pass leaves for the backward one is counted from the code of gpt_train.py; a test compares the count
-with what autograd keeps, and the sum with the memory of real runs (docs/benchmarks.md).
-Letters as everywhere: B rows, T positions, C width, H heads, V vocabulary, L layers; bytes are bytes, GB are 10^9 of them.
+Nothing is built. Which tensors the forward pass keeps for the backward pass is counted from the
+code of gpt_train.py; a test compares the count with what autograd keeps, and the sum with the memory
+of real runs (docs/benchmarks.md). Letters as everywhere: B rows, T positions, C width, H heads, V
+vocabulary, L layers; bytes are bytes, GB are 10^9 of them.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass, replace
 
-from parts.base.units import format_bytes
+import torch
 
-BYTES = {
-    "fp32": 4,
-    "bf16": 2,
-    "fp16": 2,
-}  # of a number in a product; weights, their gradients and moments are fp32 always
-HOLES = 0.17  # of what a step holds on a CPU: room between the blocks of a heap that keeps what is freed (0.1 to 0.3 measured)
+from parts.base.dtypes import DTYPES
+from parts.base.machine import free_memory
+from parts.base.units import format_bytes, format_duration
+from parts.model.losses import head_bytes
+from parts.storage.writer import SMALL
+from parts.training.optim import state_bytes_of
+
+# of what a step allocates on a CPU: holes in a heap that keeps what is freed (0.1 to 0.3 measured)
+HOLES = 0.17
 
 
 def parameters_by_part(config) -> dict[str, int]:
@@ -52,77 +57,82 @@ def flops_per_token(config) -> int:
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides about the memory of a step, besides the shape of the model."""
+    """What determines the memory of a step, besides the shape of the model."""
 
     batch_size: int  # rows per micro-batch
     grad_accum_steps: int = 1  # micro-batches per step
-    dtype: str = "fp32"  # of the products
+    dtype: str = "fp32"  # of matrix products
     optimizer: str = "adamw"
     activation_checkpointing: bool = False
     device: str = "cpu"  # such as cpu, mps or cuda:1
     parallel: str = "none"  # none, ddp or fsdp
-    world: int = 1  # processes
-    cpu_offload: bool = False  # weights, gradients and optimizer state lie in the CPU's memory
-    keeps_copy: bool = False  # a copy of what goes into a checkpoint lies in the CPU's memory
-    # attention as two products and a softmax, whose (B, H, T, T) probabilities are kept
+    world: int = 1  # processes that share a model
+    cpu_offload: bool = False  # weights, gradients and optimizer state are in CPU memory
+    keeps_copy: bool = False  # CPU memory has a copy of what goes into a checkpoint
+    # attention is two products and a softmax, which keeps the (B, H, T, T) probabilities
     attends_in_products: bool = False
 
 
 def activation_bytes(config, s: Setting) -> int:
-    """Bytes that the forward pass of one micro-batch leaves for the backward pass, without the head's gradient."""
-    T, C, H, L, e = config.block_size, config.n_embd, config.n_head, config.n_layer, BYTES[s.dtype]
+    """Bytes that the forward pass of a micro-batch keeps, without the head's gradient."""
+    T, C, H, L = config.block_size, config.n_embd, config.n_head, config.n_layer
+    e = DTYPES[s.dtype].itemsize
     n = s.batch_size * T  # positions
-    stream, squares = (
-        4 * n * C,
-        s.batch_size * H * T * T,
-    )  # the residual stream is fp32; one number per pair of positions
-    # the stream before each norm, its mean and deviation; what goes into four products; the MLP's 4 C before GELU; query, key, value
+    stream = 4 * n * C  # the residual stream is fp32
+    squares = s.batch_size * H * T * T  # one number per pair of positions
+    # the stream before each norm, its mean and deviation; the inputs of four products; the MLP's
+    # 4 C before GELU; query, key, value
     block = 2 * stream + 4 * 4 * n + (1 + 1 + 1 + 4 + 4 + 3) * e * n * C
     if config.dropout:
         block += 2 * e * n * C  # masks
     if s.attends_in_products:
         block += e * squares + T * T
-    elif (
-        config.dropout and s.device == "cpu"
-    ):  # no kernel of torch's has dropout there: scores, mask and product in fp32
+    elif config.dropout and s.device == "cpu":
+        # none of torch's kernels has dropout there: scores, mask and product in fp32
         block += 3 * 4 * squares + (3 * e * n * C if e < 4 else 0)
     else:
         block += 4 * n * H  # the logarithm of each row's sum
     block += 12 * C * C * e if e < 4 else 0  # autocast's copies of the weights
-    ends = (
-        2 * stream + 16 * n + (stream if config.dropout else 0)
-    )  # before and behind the last norm; token ids; the first mask
+    # before and after the last norm; token ids; the first mask
+    ends = 2 * stream + 16 * n + (stream if config.dropout else 0)
     return ends + (L * stream + block if s.activation_checkpointing else L * block)
 
 
-def memory(config, s: Setting, optimizer_bytes: int, logits_bytes: int) -> dict[str, int]:
+def memory_of(config, s: Setting, galore_rank: int = 128) -> dict[str, int]:
     """
-    Bytes of one process while it trains, by part, and "peak": the most of them at one time, on the device of the training.
+    Bytes of one process while it trains a GPT of this shape, by part.
 
-    optimizer_bytes: its state for the whole model; logits_bytes: what the head and its loss
-    allocate for a moment. The peak is at the end of the forward pass (all activations and logits,
-    the gradient of the head, gradients of earlier micro-batches) or of the backward pass (all
-    gradients).
+    "peak" is the most of them at one time, on the device of the training: at the end of the forward
+    pass (all activations and logits, the gradient of the head, gradients of earlier micro-batches)
+    or of the backward pass (all gradients).
     """
-    C, weights = config.n_embd, 4 * count_parameters(config)
-    slices, exchange = s.world if s.parallel == "fsdp" else 1, 0
+    C, L, n_weights = config.n_embd, config.n_layer, count_parameters(config)
+    weights = 4 * n_weights
+    matrices = [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)] * L
+    optimizer = state_bytes_of(matrices, n_weights - 12 * L * C * C, s.optimizer, galore_rank)
+    positions = s.batch_size * config.block_size
+    logits = head_bytes(positions, C, config.vocab_size, DTYPES[s.dtype], s.device)
+    shards = s.world if s.parallel == "fsdp" else 1
     head = 4 * config.vocab_size * C  # its gradient is computed in the forward pass
     # gradients of earlier micro-batches: fsdp too keeps them whole until it exchanges the last one
     earlier = weights if s.grad_accum_steps > 1 else 0
-    gradients = max(earlier, weights // slices)
-    if s.parallel == "ddp":  # buckets, allocated at the start; gradients are views of them at last
+    gradients = max(earlier, weights // shards)
+    exchange = 0
+    if s.parallel == "ddp":  # buckets, allocated at the start; gradients become views of them
         exchange, earlier = earlier, earlier + weights
     elif s.parallel == "fsdp":
-        exchange = 2 * (
-            head + 2 * 4 * 12 * C * C
-        )  # whole weights, and gradients, of the embedding and two blocks
-    copy = weights + optimizer_bytes if s.keeps_copy else 0
+        # whole weights, and gradients, of the embedding and two blocks
+        exchange = 2 * (head + 2 * 4 * 12 * C * C)
+    copy = weights + optimizer
+    if not s.keeps_copy or copy <= SMALL:
+        copy = 0
     parts = {
-        "weights": weights // slices,
+        "weights": weights // shards,
         "gradients": gradients,
-        "optimizer": optimizer_bytes // slices,
+        "optimizer": optimizer // shards,
+        "activations": activation_bytes(config, s),
+        "logits": logits,
     }
-    parts |= {"activations": activation_bytes(config, s), "logits": logits_bytes}
     parts |= {"exchange": exchange} if exchange else {}
     if s.cpu_offload and s.device != "cpu":
         parts |= {"weights": 0, "gradients": earlier, "optimizer": 0}
@@ -130,25 +140,22 @@ def memory(config, s: Setting, optimizer_bytes: int, logits_bytes: int) -> dict[
     if copy and s.device == "cpu":
         parts["copy for checkpoints"] = copy
         state += copy
-    parts["peak"] = state + max(
-        earlier + head + parts["activations"] + logits_bytes, parts["gradients"]
-    )
-    if (
-        s.device == "cpu" and not s.activation_checkpointing
-    ):  # the heap is kept, see keep_freed_memory
-        parts["holes in the heap"] = int(
-            HOLES * (parts["peak"] - parts.get("copy for checkpoints", 0))
-        )
+    forward = earlier + head + parts["activations"] + logits
+    parts["peak"] = state + max(forward, parts["gradients"])
+    if s.device == "cpu" and not s.activation_checkpointing:  # see engine.keep_freed_memory
+        allocated = parts["peak"] - parts.get("copy for checkpoints", 0)
+        parts["holes in the heap"] = int(HOLES * allocated)
         parts["peak"] += parts["holes in the heap"]
     return parts
 
 
 def ways_to_fit(s: Setting, limit: float, peak_of) -> list[str]:
     """
-    Flags with which a step of as many rows takes at most `limit` bytes: smaller micro-batches, which is the same step; the same with
-    blocks that are computed twice; the same with an optimizer that remembers less, which is another step.
+    Flags with which a step of as many rows takes at most `limit` bytes.
 
-    peak_of(setting) -> bytes. Empty where nothing of that suffices.
+    Smaller micro-batches, which is the same step; the same with recomputed blocks; the same with an
+    optimizer that has less state, which is another step. peak_of(setting) -> bytes. Empty if none
+    of that suffices.
     """
     ways = []
     for name, value in (
@@ -191,26 +198,67 @@ def seconds_of(
     return best
 
 
-def memory_lines(
-    config, parts: dict[str, int], limit: float, where: str, ways: list[str]
-) -> list[str]:
-    """Two lines for people: parameters by part; memory by part against the `limit` bytes of the device `where`, and what would fit."""
+def plan_lines(
+    config, setting: Setting, memory_gb: float | None = None, galore_rank: int = 128
+) -> tuple[list[str], bool]:
+    """
+    (lines about parameters and memory, whether it fits) of training a GPT of this shape.
+
+    memory_gb: of the device to fit, in 10^9 bytes; None: the setting's device, as it is now.
+    """
+    if memory_gb:
+        limit, where = memory_gb * 1e9, "--plan_memory_gb"
+    else:
+        limit, where = free_memory(setting.device)
+    parts = memory_of(config, setting, galore_rank)
+    fits = parts["peak"] <= limit
     by_part = ", ".join(f"{name} {n:,}" for name, n in parameters_by_part(config).items())
-    bytes_by_part = ", ".join(
-        f"{name} {format_bytes(n)}" for name, n in parts.items() if name != "peak"
+    sizes = [f"{name} {format_bytes(n)}" for name, n in parts.items() if name != "peak"]
+    verdict = "fits the" if fits else "does NOT fit the"
+    lines = [
+        f"parameters: {count_parameters(config):,} ({by_part})",
+        f"memory: at most {format_bytes(parts['peak'])} at one time, "
+        f"{verdict} {format_bytes(limit)} of {where} ({', '.join(sizes)})",
+    ]
+    if not fits:
+        ways = ways_to_fit(setting, limit, lambda s: memory_of(config, s, galore_rank)["peak"])
+        line = "no flag makes it fit: take a smaller model, or --parallel fsdp on several devices"
+        if ways:
+            line = f"what would fit, with pretraining_advanced.py: {'; or '.join(ways)}"
+        lines.append(line)
+    return lines, fits
+
+
+def show_plan(
+    config, make_model, batch_size: int, device, max_steps: int, memory_gb: float | None
+) -> int:
+    """
+    Print what training in fp32 with AdamW would take; returns the exit code, 0.
+
+    Its time is that of a few steps on random tokens; make_model() builds the GPT for them.
+    """
+    setting = Setting(batch_size, device="cuda" if memory_gb else str(device))
+    lines, fits = plan_lines(config, setting, memory_gb)
+    disk = format_bytes(4 * count_parameters(config))
+    print(*lines, f"disk: {disk} a checkpoint", sep="\n", flush=True)
+    if memory_gb or not fits:
+        return 0
+    model = make_model().to(device)
+    ids = torch.randint(config.vocab_size, (batch_size, config.block_size)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=device.type != "mps")
+
+    def step() -> None:
+        loss = model(ids, ids) / ids.numel()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()  # waits for a GPU
+
+    seconds = seconds_of(step)
+    line = (
+        f"time: {format_duration(seconds)} a step (measured), {ids.numel() / seconds:,.0f} tokens/s"
     )
-    lines = [f"parameters: {count_parameters(config):,} ({by_part})"]
-    verdict = (
-        f"fits the {format_bytes(limit)} of {where}"
-        if parts["peak"] <= limit
-        else f"does NOT fit the {format_bytes(limit)} of {where}"
-    )
-    lines.append(
-        f"memory: at most {format_bytes(parts['peak'])} at one time, {verdict} ({bytes_by_part})"
-    )
-    if parts["peak"] > limit:
-        none = "no flag makes it fit: take a smaller model, or --parallel fsdp on several devices"
-        lines.append(
-            f"what would fit, with pretraining_advanced.py: {'; or '.join(ways)}" if ways else none
-        )
-    return lines
+    if max_steps < sys.maxsize:
+        line += f"; {max_steps:,} steps in {format_duration(max_steps * seconds)}"
+    print(f"{line}, without evaluations and samples")
+    return 0

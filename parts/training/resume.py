@@ -57,7 +57,8 @@ def save(job, config, engine, writer, progress: Progress, guard: Guard, extra: d
             list(pairs)  # this rank's part in gathering, in the same order
         return True
     state = {"family": job.family, "weights_file": job.weights_file, **progress.state(guard)}
-    state |= {**extra, **numbers, "config": asdict(config), **job.facts}
+    state |= {**extra, **numbers, "optimizer_tensors": sorted(tensors)}
+    state |= {"config": asdict(config), **job.facts}
     keep = [progress.best["step"]] if progress.best else []
     return writer.save(
         Path(config.output_dir),
@@ -223,10 +224,9 @@ def restore(state: dict, tensors: dict | None, job, config, engine, guard: Guard
             guard.load_state_dict(state["guard"])
         if tensors is not None and with_optimizer:
             found = set(tensors) - set(weights)
-            wanted = engine.state_names()
-            file = Path(state["folder"]) / OPTIMIZER_FILE
-            if found or state["step"]:
-                check_names(file, found, wanted, "optimizer")
+            # an older version kept no list of the names
+            wanted = set(state.get("optimizer_tensors", found)) - engine.unknown(found)
+            check_names(Path(state["folder"]) / OPTIMIZER_FILE, found, wanted, "optimizer")
     if not with_optimizer:
         engine.ranks.say(
             "another --optimizer or --galore_rank than before: the optimizer's state starts anew"

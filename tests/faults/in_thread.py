@@ -1,9 +1,7 @@
-"""pretraining_advanced.py with every checkpoint written by the thread, also those that are small. For the fault harness."""
+"""pretraining_advanced.py with every checkpoint written by the thread. For the fault harness."""
 
 import parts.storage.writer
-from parts.cli.config import parse
-from parts.cli.launch import run_script
-from pretraining_advanced import TrainConfig, main
+from pretraining_advanced import start
 
-parts.storage.writer.SMALL = -1
-run_script(lambda: main(parse(TrainConfig)))
+parts.storage.writer.SMALL = -1  # bytes; larger checkpoints are written by the thread
+start()
