@@ -1,13 +1,13 @@
 """
-Write docs/reading-guide.md: what to read in which order, the production counterpart of each line of
-the simple trainer, and a glossary.
+Write docs/reading-guide.md: what to read in which order, what the production trainer has in place
+of each line of the simple one, and a glossary.
 
-    python docs/make_reading_guide.py          # after a change of a trainer, of README.md or of docs/benchmarks.md
+    python docs/make_reading_guide.py   # after changing a trainer, README.md or docs/benchmarks.md
 
-No line number or figure is typed: a stretch of pretraining_simple.py is found by a text in its
-first line and ends where the next one begins, the code that replaces it by a text in that file, a
-figure by a pattern in README.md or docs/benchmarks.md. A text that is not found exactly once is an
-error.
+No line number or figure is typed here. A stretch of pretraining_simple.py is found by a text in its
+first line and ends where the next one begins, the code in its place by a text in that file, and a
+figure by a pattern in README.md or docs/benchmarks.md. A text that does not occur exactly once is
+an error.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SIMPLE = "pretraining_simple.py"
 ADVANCED = "pretraining_advanced.py"
-MEASURED = ("README.md", "docs/benchmarks.md")  # looked through in this order for a figure
+MEASURED = ("README.md", "docs/benchmarks.md")  # where figures are looked up, in this order
 
-# (text from the first line of the stretch, what the lines do,
-#  the place that replaces them: (file, a text in it), what that adds, pattern of a figure or "")
+# (text of the first line of the stretch, what the lines do,
+#  what is in their place: (file, a text in it), what that adds, pattern of a measured figure or "")
 ROWS = [
     (
         '"""\nPretrain a GPT on books',
@@ -370,328 +370,320 @@ ROWS = [
     ),
 ]
 
-# (word, what it means, a file in which it stands)
+# (word, what it means, a file in which it occurs)
 WORDS = [
-    (
-        "compile",
-        "torch.compile: making one fast kernel of many small operations, before the first step",
-        "parts/base/machine.py",
-    ),
-    ("document", "one text of the corpus: a book, a web page, a row of a table", "prep_dataset.py"),
-    (
-        "head",
-        (
-            "the matrix that turns the last embeddings into scores of all tokens; an attention head "
-            "is one of several attentions side by side"
-        ),
-        "gpt_train.py",
-    ),
-    (
-        "HellaSwag",
-        (
-            "questions about everyday scenes with four endings each, of which one is right; guessing "
-            "gives 0.25"
-        ),
-        "gpt_train.py",
-    ),
-    ("hub", "huggingface.co, from where models and texts are downloaded", "prep_dataset.py"),
-    ("kernel", "the piece of machine code that does one operation on the device", "gpt_train.py"),
-    ("optimizer", "what turns gradients into a change of the parameters", "README.md"),
-    ("seed", "the number that randomness starts from: the same seed gives the same run", SIMPLE),
-    (
-        "target",
-        "the token to be predicted at a position: the one that follows; -100 stands for none",
-        SIMPLE,
-    ),
-    ("tokenizer", "what cuts text into tokens, and puts it together again", SIMPLE),
-    (
-        "torchrun",
-        "torch's program that starts one script several times and tells each process its rank",
-        ADVANCED,
-    ),
     (
         "activation",
         (
-            "a number that a layer computes from its input, kept until the backward pass needs it; "
-            "most of the memory of a training"
+            "a number that a layer computes from its input; the backward pass needs them, and they "
+            "take most of the memory of a training step"
         ),
         ADVANCED,
     ),
     (
         "AdamW",
         (
-            "the usual optimizer: each parameter gets a step of its own size, from running means of "
-            "its gradient and of its square (its two moments)"
+            "the usual optimizer: the step of each parameter is scaled by running means of its "
+            "gradient and of the square of its gradient (the two moments)"
         ),
-        "parts/training/optim.py",
+        SIMPLE,
     ),
     (
         "attention",
         (
-            "how a position of the text reads from other positions: it weighs them by how well its "
-            "query fits their keys, and adds up their values"
+            "how a position reads from other positions: it compares its query with their keys, and "
+            "adds up their values, weighted by how well they match"
         ),
         "gpt_train.py",
     ),
     (
         "backward pass",
         (
-            "computing, from the loss back to the input, how the loss would change with each "
-            "parameter (the gradient)"
+            "computing the gradient, from the loss back to the input: how the loss changes with "
+            "each parameter"
         ),
         ADVANCED,
     ),
-    ("batch", "the rows of text that one step looks at", SIMPLE),
+    ("batch", "the rows of text that one step is computed on", SIMPLE),
     (
         "bf16, fp16, fp32",
         (
-            "numbers of 16 or 32 bits. bf16 has the range of fp32 and 8 bits of precision, fp16 more "
-            "precision and a small range"
+            "floating-point formats of 16 or 32 bits. bf16 has the range of fp32 with 8 bits of "
+            "precision; fp16 is more precise, but its range is small"
         ),
         "parts/base/machine.py",
     ),
     (
         "bits per byte",
         (
-            "the loss of a whole text in bits, divided by its length in bytes: what compressing it "
-            "with the model would come to. 8 is no knowledge at all; the one figure that can be "
-            "compared between tokenizers"
+            "the loss of a text in bits, divided by its length in bytes: the size of the text if "
+            "it were compressed with the model. Knowing nothing costs 8. Use it to compare models "
+            "that have different tokenizers"
         ),
-        "README.md",
+        SIMPLE,
     ),
-    (
-        "block",
-        "attention and an MLP, one after the other; a GPT is a stack of them",
-        "gpt_train.py",
-    ),
+    ("block", "attention followed by an MLP; a GPT is a stack of blocks", "gpt_train.py"),
     (
         "BPE",
         (
-            "byte-pair encoding: a vocabulary made by joining, again and again, the two neighbours "
-            "that are most frequent together"
+            "byte-pair encoding: a vocabulary made by joining, again and again, the most frequent "
+            "pair of neighbouring tokens into a new token"
         ),
         "parts/data/tokenizers.py",
     ),
-    ("checkpoint", "weights (and what is needed to go on) on disk, at one step", SIMPLE),
-    ("context", "how many tokens the model can see at once", SIMPLE),
+    ("checkpoint", "the weights at one step on disk, with what is needed to resume", SIMPLE),
+    (
+        "clipping",
+        "shortening a gradient that is longer than a limit, so that one odd batch does no harm",
+        "parts/training/optim.py",
+    ),
+    (
+        "compile",
+        "torch.compile: fusing many small operations into fast kernels, before the first step",
+        "parts/base/machine.py",
+    ),
+    ("context", "the tokens that the model can see at once; context length is how many", SIMPLE),
     (
         "cross-entropy",
         (
             "the loss of a language model: minus the logarithm of the probability that it gave to "
-            "the token that really came"
+            "the token that followed"
         ),
         "gpt_train.py",
     ),
     (
         "DDP",
         (
-            "distributed data parallel: every process has the whole model, reads other rows, and the "
-            "gradients are averaged"
+            "distributed data parallel: every process has the whole model and reads its own rows; "
+            "the gradients are averaged"
         ),
         "parts/training/engine.py",
     ),
+    ("document", "one text of the corpus: a book, a web page, a row of a table", SIMPLE),
     (
         "dropout",
-        "zeroing some activations at random while training, against learning by heart",
+        "setting random activations to zero while training, to keep the model from memorising",
         "gpt_train.py",
     ),
-    ("embedding", "the row of numbers that stands for a token, or for a position", "gpt_train.py"),
-    ("end-of-text", "the token that stands between documents", "gpt_train.py"),
+    ("embedding", "the vector of numbers for a token, or for a position", "gpt_train.py"),
+    ("end-of-text", "the special token after each document", "gpt_train.py"),
     ("epoch", "one pass over the whole training text", SIMPLE),
+    ("fingerprint", "a short hash: equal fingerprints mean equal content", "prep_dataset.py"),
     (
         "FLOPs",
-        "floating-point operations; training costs about six per parameter and token",
-        "gpt_train.py",
+        "floating-point operations; training takes about six per parameter and token",
+        "parts/training/plan.py",
     ),
-    ("fingerprint", "a short hash: what has the same fingerprint is the same", "prep_dataset.py"),
     (
         "FSDP",
         (
-            "fully sharded data parallel: as DDP, but each process keeps only a slice of weights, "
-            "gradients and moments"
+            "fully sharded data parallel: like DDP, but each process keeps only its part of the "
+            "weights, gradients and moments"
         ),
         "README.md",
     ),
     (
         "GaLore",
         (
-            "an optimizer that keeps the moments of a matrix in a small subspace of its gradient, "
-            "for less memory"
+            "an optimizer that saves memory: it keeps the moments of a matrix in a small subspace "
+            "of its gradient"
         ),
         "parts/training/optim.py",
     ),
     (
         "GELU",
         (
-            "the bend between the two products of the MLP; without one, two matrices would be no "
-            "more than one"
+            "the nonlinear function between the two matrices of the MLP; without it they would act "
+            "like a single matrix"
         ),
         "gpt_train.py",
     ),
     (
         "gradient",
-        (
-            "for each parameter, how much the loss grows when the parameter does; the step goes the "
-            "other way"
-        ),
-        ADVANCED,
-    ),
-    (
-        "gradient accumulation",
-        (
-            "adding up the gradients of several micro-batches before one step, for a large batch in "
-            "little memory"
-        ),
+        "for each parameter, how much the loss grows with it; a step goes the opposite way",
         SIMPLE,
     ),
     (
-        "clipping",
-        (
-            "shortening the whole gradient where its norm (its length) is above a limit, so that one "
-            "odd batch does no harm"
-        ),
-        "parts/training/optim.py",
+        "gradient accumulation",
+        "adding the gradients of several micro-batches, for a large batch in little memory",
+        SIMPLE,
     ),
-    ("greedy", "taking the most likely token each time", "gpt_train.py"),
-    ("held out", "never trained on, kept for validation", ADVANCED),
-    ("learning rate", "the size of a step", SIMPLE),
+    ("greedy", "always taking the most likely token", "gpt_train.py"),
+    (
+        "head",
+        (
+            "the matrix that turns the last vector of a position into logits; an attention head is "
+            "one of several attentions that run side by side"
+        ),
+        "gpt_train.py",
+    ),
+    ("held out", "never trained on, kept for validation", SIMPLE),
+    (
+        "HellaSwag",
+        (
+            "questions about everyday scenes, each with four endings, one of them right; guessing "
+            "scores 0.25"
+        ),
+        "parts/report/scoring.py",
+    ),
+    ("hub", "huggingface.co, a site with models and texts to download", "prep_dataset.py"),
+    ("kernel", "the machine code for one operation on a device", "gpt_train.py"),
     (
         "LayerNorm",
         (
-            "bringing the numbers of a position to mean 0 and variance 1, so that no layer sees too "
-            "large or too small ones"
+            "scaling the numbers of a position to mean 0 and variance 1, so that no layer gets "
+            "very large or very small ones"
         ),
         "gpt_train.py",
     ),
+    ("learning rate", "the size of a step", SIMPLE),
     (
         "logits",
-        (
-            "the scores of all tokens, one per token of the vocabulary; softmax turns them into "
-            "probabilities"
-        ),
+        "the scores of all tokens of the vocabulary; softmax turns them into probabilities",
         "gpt_train.py",
     ),
-    ("loss", "how wrong the model was; here the mean cross-entropy in nats", SIMPLE),
+    ("loss", "how wrong the model is; here the mean cross-entropy in nats", SIMPLE),
     (
         "loss scale",
-        "a factor on the loss that keeps the small gradients of fp16 from becoming zero",
+        "a factor that keeps the small gradients of fp16 from rounding to zero",
         ADVANCED,
     ),
     (
         "MFU",
         (
-            "model FLOPs utilisation: the share of the peak of the device that the products of the "
-            "model make use of"
+            "model FLOPs utilisation: the FLOPs that the model needs per second, as a share of the "
+            "peak of the device"
         ),
         "parts/training/metrics.py",
     ),
-    ("micro-batch", "what goes through the model at one time; a step may have several", ADVANCED),
+    (
+        "micro-batch",
+        "the rows that pass through the model at once; a step has one or more",
+        ADVANCED,
+    ),
     (
         "MLP",
         (
-            "multi-layer perceptron: two matrix products with a bend between, at each position for "
-            "itself"
+            "multi-layer perceptron: two matrix products with GELU between them, computed for each "
+            "position separately"
         ),
         "gpt_train.py",
     ),
     (
         "Muon",
-        "an optimizer for matrices: momentum whose directions are all given the same strength",
+        "an optimizer for matrices: momentum, rescaled so that all its directions count equally",
         "parts/training/optim.py",
     ),
     ("nats", "the unit of the loss with natural logarithms; 1 nat is 1.44 bits", SIMPLE),
-    ("parameter", "a number that is learned; weights are parameters", SIMPLE),
+    ("optimizer", "turns gradients into changes of the parameters", SIMPLE),
+    ("parameter", "a number that is learned; also called a weight", SIMPLE),
     (
         "perplexity",
-        (
-            "e to the power of the loss: the model is as unsure as if it chose evenly among so many "
-            "tokens"
-        ),
+        "e to the power of the loss: as uncertain as a choice among so many equally likely tokens",
         "gpt_train.py",
     ),
     ("rank", "the number of a process among those that train together, from 0", ADVANCED),
     (
         "residual stream",
-        (
-            "the row of numbers of a position that goes through all blocks; each block reads it and "
-            "adds to it"
-        ),
+        "the vector of a position on its way through the blocks; each reads it and adds to it",
         "gpt_train.py",
     ),
     (
         "SDPA",
-        (
-            "scaled dot-product attention, torch's function for attention, with several kernels "
-            "behind it"
-        ),
+        "scaled dot-product attention: torch's function for attention, which has several kernels",
         "docs/benchmarks.md",
     ),
-    ("softmax", "exponentials divided by their sum: scores become probabilities", "gpt_train.py"),
+    ("seed", "the number that random numbers start from: same seed, same run", SIMPLE),
+    (
+        "softmax",
+        "exponentials divided by their sum: turns scores into probabilities",
+        "gpt_train.py",
+    ),
     ("step", "one update of the parameters", SIMPLE),
     (
+        "target",
+        "the token to be predicted at a position: the one that follows; -100 means none",
+        SIMPLE,
+    ),
+    (
         "temperature",
-        "the scores are divided by it before a token is drawn: below 1 bolder, 0 greedy",
+        "logits are divided by it before a token is drawn: below 1 is bolder, 0 is greedy",
         "gpt_train.py",
     ),
     (
         "tied weights",
-        "the matrix that turns tokens into embeddings turns the last embeddings into scores, too",
+        "one matrix is both the token embedding and the head",
         "gpt_train.py",
     ),
-    ("token", "a piece of text (a word, a part of one, a byte) with a number, its id", SIMPLE),
-    ("token shard", "a file of token ids, ready to be read while training", "prep_dataset.py"),
+    ("token", "a piece of text (a word, a part of one, a byte) that has a number, its id", SIMPLE),
+    ("token shard", "a file of token ids, ready for training", "prep_dataset.py"),
+    ("tokenizer", "cuts text into tokens, and joins tokens into text again", SIMPLE),
     (
         "top-k, top-p",
         (
-            "drawing only from the k most likely tokens, or from the fewest whose probabilities "
-            "reach p"
+            "drawing only from the k most likely tokens, or from the fewest tokens whose "
+            "probabilities add up to p"
         ),
         "gpt_train.py",
     ),
+    (
+        "torchrun",
+        "the launcher of torch: starts a script several times and tells each process its rank",
+        ADVANCED,
+    ),
     ("validation", "measuring the loss on text that was held out", SIMPLE),
-    ("vocabulary", "all tokens that there are", "gpt_train.py"),
+    ("vocabulary", "the set of all tokens", SIMPLE),
     (
         "warmup",
         (
-            "the first steps, over which the learning rate grows from nothing, since the first "
-            "gradients are large and point anywhere"
+            "the first steps, in which the learning rate grows from 0, because the first gradients "
+            "are large and point in all directions"
         ),
         SIMPLE,
     ),
-    ("weight decay", "drawing weights a little towards zero in each step", ADVANCED),
+    ("weight decay", "shrinking the weights a little in each step", SIMPLE),
     ("window", "a row of context length, cut from the text", SIMPLE),
     ("world size", "the number of processes that train together", ADVANCED),
 ]
 
 TEXT = """# Reading guide
 
-Written by `python docs/make_reading_guide.py`, which looks up every line number and figure; change that, not this.
+Written by `python docs/make_reading_guide.py`, which looks up every line number and figure. Edit
+that script, not this page.
 
 ## In which order
 
-1. **pretraining_simple.py**, top to bottom, while a run of it goes on in another window. Begin with `main`: text becomes tokens, tokens
-   become batches, the model guesses each next token, the loss says how wrong it was, and `loss.backward()` says which way each parameter
-   has to go. Everything else in this project is there so that these few lines run faster, longer, or on more machines.
-2. **gpt_train.py**, up to the ruler "loss, evaluation": begin with `GPT.forward`, then `Block`, then `CausalSelfAttention`. Of the
-   rest, `stream` is how a model writes. Behind "sampling from a checkpoint" is the command line.
-3. **The table below**, with both trainers open: for each stretch of the simple one, what the production trainer has in its place.
-4. **pretraining_advanced.py**: `train`, from `while True:` on. It is the same loop. Then `gradients`, and `Job`, which is what you
-   fill in to train something else ([how-to-extend.md](how-to-extend.md)).
-5. **The files in `parts/`** as questions come up; none of them imports another, so each can be read alone.
+1. **pretraining_simple.py**, from top to bottom, while it runs in another window. Start with
+   `main`: text becomes tokens, tokens become batches, the model guesses each next token, the loss
+   says how wrong the guesses were, and `loss.backward()` computes in which direction to change each
+   parameter. The rest of the project makes these few lines run faster, longer, or on more machines.
+2. **gpt_train.py**, up to the ruler "loss, evaluation": first `GPT.forward`, then `Block`, then
+   `CausalSelfAttention`. The section "generation" shows how a model writes.
+3. **The table below**, with both trainers open: what the production trainer has in place of each
+   part of the simple one.
+4. **pretraining_advanced.py**: `train`, from `while True:` on, which is the same loop. Then
+   `gradients`, and `Job`, which you fill in to train something else
+   ([how-to-extend.md](how-to-extend.md)).
+5. **The files in `parts/`**, as questions come up. They are in folders by subject: `base`, `cli`,
+   `data`, `model`, `storage`, `training`, `report`. A file imports only from its own folder and
+   from the folders before it in this list, so you can read them in this order.
 
-Something goes wrong on the way: [troubleshooting.md](troubleshooting.md). A word is new: [words](#words), at the end.
+If something goes wrong: [troubleshooting.md](troubleshooting.md). If a word is new to you:
+[words](#words), at the end of this page.
 
 ## From simple to advanced
 
-Each line of [pretraining_simple.py](../pretraining_simple.py) but blank ones and rulers is in one row. *Measured* quotes
-[README.md](../README.md) or [benchmarks.md](benchmarks.md), where device and date stand; a dash means that nothing was measured,
-not that nothing is gained.
+Each line of [pretraining_simple.py](../pretraining_simple.py), except blank lines and rulers, is in
+one row. *Measured* quotes [README.md](../README.md) or [benchmarks.md](benchmarks.md), which name
+the device and the date. A dash means that nothing was measured, not that nothing was gained.
 
-| lines | what they do | in its place | what that adds | measured |
+| lines | what they do | in their place | what that adds | measured |
 |---|---|---|---|---|
 {rows}
 
 ## Words
+
+Each with a file in which it occurs.
 
 {words}
 """
@@ -703,34 +695,38 @@ def read(file: str) -> str:
 
 
 def line_of(file: str, anchor: str) -> int:
-    """Number of the line on which a text begins. Raises ValueError unless the file has it exactly once."""
+    """The number of the line where a text begins. Raises ValueError unless it occurs once."""
     text = read(file)
-    if text.count(anchor) != 1:
-        raise ValueError(
-            f"docs/make_reading_guide.py: {anchor!r} stands {text.count(anchor)} times in {file}; choose another text"
-        )
+    n = text.count(anchor)
+    if n != 1:
+        what = f"{anchor!r} occurs {n} times in {file}"
+        raise ValueError(f"docs/make_reading_guide.py: {what}; choose another text")
     return text.count("\n", 0, text.index(anchor)) + 1
 
 
 def name_of(file: str, line: int) -> str:
-    """What a reader looks for: the function or class of a line, else the file."""
+    """The file and, if the line is in a function or class, its name: `engine.py Parallel.step`."""
     if not file.endswith(".py"):
         return file
     before = read(file).splitlines()[:line]
-    nearest = next((i for i in reversed(range(line)) if re.match(r"(class|def) ", before[i])), None)
-    outside = nearest is None or any(
-        re.match(r"[^\s#)\]}@]", text) for text in before[nearest + 1 :]
-    )
-    name = "" if outside else " `" + re.match(r"(?:class|def) (\w+)", before[nearest])[1] + "`"
-    inner = re.match(r"    def (\w+)", before[-1])
-    return f"{file}{name[:-1] + '.' + inner[1] + '`' if inner and name else name}"
+    starts = [i for i, text in enumerate(before) if re.match(r"(class|def) ", text)]
+    if not starts:
+        return file
+    # A line that starts at the left margin after the def or class has ended it.
+    after = before[starts[-1] + 1 :]
+    if any(re.match(r"[^\s#)\]}@]", text) for text in after):
+        return file
+    name = re.match(r"(?:class|def) (\w+)", before[starts[-1]])[1]
+    if method := re.match(r"    def (\w+)", before[-1]):
+        name += f".{method[1]}"
+    return f"{file} `{name}`"
 
 
 def stretches() -> list[tuple[int, int]]:
     """
     (first, last) line of each row in the simple trainer: a row ends where the next one begins.
 
-    Raises ValueError if a row's text is not there, or the rows are not in the order of the file.
+    Raises ValueError if a text of a row is missing, or the rows are not in the order of the file.
     """
     lines = read(SIMPLE).splitlines()
     firsts = [line_of(SIMPLE, row[0]) for row in ROWS]
@@ -738,41 +734,54 @@ def stretches() -> list[tuple[int, int]]:
         raise ValueError(f"docs/make_reading_guide.py: ROWS are not in the order of {SIMPLE}")
     found = []
     for first, following in itertools.pairwise([*firsts, len(lines) + 1]):
-        told = [n for n in range(first, following) if not re.match(r"\s*$|# ---", lines[n - 1])]
-        found.append((first, told[-1]))
+        last = following - 1
+        while re.match(r"\s*$|# ---", lines[last - 1]):  # a blank line or a ruler
+            last -= 1
+        found.append((first, last))
     return found
 
 
 def figure(pattern: str) -> str:
-    """What a pattern matches in README.md, else in docs/benchmarks.md, exactly once there. Raises ValueError."""
+    """The only match of a pattern in README.md, else in docs/benchmarks.md. Raises ValueError."""
     for file in MEASURED:
         found = list(re.finditer(pattern, " ".join(read(file).split())))
         if len(found) == 1:
             return found[0][0].replace(" | ", ": ")
-    raise ValueError(
-        f"docs/make_reading_guide.py: {pattern!r} is not once in {' or '.join(MEASURED)}; mend the row's pattern"
-    )
+    what = f"{pattern!r} does not match exactly once in {' or '.join(MEASURED)}"
+    raise ValueError(f"docs/make_reading_guide.py: {what}; fix the pattern of its row")
+
+
+def table_rows() -> list[str]:
+    """The lines of the table."""
+    result = []
+    for (first, last), row in zip(stretches(), ROWS, strict=True):
+        _, what, (file, anchor), adds, pattern = row
+        numbers = f"{first}-{last}" if last > first else str(first)
+        lines = f"[{numbers}](../{SIMPLE}#L{first}-L{last})"
+        line = line_of(file, anchor)
+        place = f"[{name_of(file, line)}](../{file}#L{line})"
+        measured = figure(pattern) if pattern else "-"
+        result.append(f"| {lines} | {what} | {place} | {adds} | {measured} |")
+    return result
+
+
+def glossary() -> list[str]:
+    """The lines of the glossary. Raises ValueError if a word does not occur in its file."""
+    result = []
+    for words, meaning, file in sorted(WORDS, key=lambda row: row[0].lower()):
+        text = read(file)
+        for word in words.split(", "):
+            pattern = r"[-_ \n]".join(re.split("[- ]", word))
+            if not re.search(pattern, text, re.IGNORECASE):
+                what = f"{word!r} does not occur in {file}"
+                raise ValueError(f"docs/make_reading_guide.py: {what}; name another file")
+        result.append(f"- **{words}** ({file}): {meaning}.")
+    return result
 
 
 def guide() -> str:
-    """The text of docs/reading-guide.md. Raises ValueError where something is not found, or twice."""
-    rows, words = [], []
-    for (first, last), (_, what, (file, anchor), adds, pattern) in zip(
-        stretches(), ROWS, strict=True
-    ):
-        lines = f"[{first}{f'-{last}' if last > first else ''}](../{SIMPLE}#L{first}-L{last})"
-        line = line_of(file, anchor)
-        rows.append(
-            f"| {lines} | {what} | [{name_of(file, line)}](../{file}#L{line}) | {adds} | {figure(pattern) if pattern else '-'} |"
-        )
-    for word, meaning, file in sorted(WORDS, key=lambda row: row[0].lower()):
-        for one in word.split(", "):
-            if not re.search(r"[-_ \n]".join(re.split("[- ]", one)), read(file), re.IGNORECASE):
-                raise ValueError(
-                    f"docs/make_reading_guide.py: {one!r} does not stand in {file}; name another file"
-                )
-        words.append(f"- **{word}** ({file}): {meaning}.")
-    return TEXT.format(rows="\n".join(rows), words="\n".join(words))
+    """The text of docs/reading-guide.md. Raises ValueError if something is not found once."""
+    return TEXT.format(rows="\n".join(table_rows()), words="\n".join(glossary()))
 
 
 if __name__ == "__main__":

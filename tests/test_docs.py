@@ -598,11 +598,11 @@ def test_the_guides_figures_stand_in_readme_or_benchmarks_and_its_words_where_it
 
 def test_a_guide_whose_text_is_gone_or_doubled_is_not_written(monkeypatch):
     maker = guide_maker()
-    with pytest.raises(ValueError, match="stands 0 times in pretraining_simple.py"):
+    with pytest.raises(ValueError, match="occurs 0 times in pretraining_simple.py"):
         maker.line_of("pretraining_simple.py", "no such text")
     with pytest.raises(ValueError, match="choose another text"):
         maker.line_of("pretraining_simple.py", "import")
-    with pytest.raises(ValueError, match="is not once in"):
+    with pytest.raises(ValueError, match="does not match exactly once in"):
         maker.figure("no such figure")
     monkeypatch.setattr(maker, "ROWS", maker.ROWS[1:])
     with pytest.raises(ValueError, match="not in the order of pretraining_simple.py"):
@@ -610,5 +610,5 @@ def test_a_guide_whose_text_is_gone_or_doubled_is_not_written(monkeypatch):
     monkeypatch.setattr(maker, "WORDS", [("unicorn", "a word", "README.md")])
     monkeypatch.setattr(maker, "stretches", lambda: [])
     monkeypatch.setattr(maker, "ROWS", [])
-    with pytest.raises(ValueError, match="'unicorn' does not stand in README.md"):
+    with pytest.raises(ValueError, match="'unicorn' does not occur in README.md"):
         maker.guide()
