@@ -1,4 +1,4 @@
-"""The two commands a newcomer copies out of README.md first run word for word; all others are run by test_docs.py."""
+"""The first two commands of README.md run word for word; test_doc_commands.py runs the rest."""
 
 import os
 import re
@@ -8,19 +8,15 @@ import sys
 
 import pytest
 from conftest import ROOT
+from documents import blocks
 
 from parts.cli.config import from_yaml
 from parts.training.run_settings import check_settings
 from pretraining_advanced import TrainConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
-COMMANDS = [
-    line.split(" #")[0].strip()
-    for block in BLOCKS
-    for line in block.splitlines()
-    if line.strip() and not line.startswith("#")
-]
+LINES = "".join(blocks(README, "bash")).splitlines()
+COMMANDS = [line.split(" #")[0].strip() for line in LINES if line and not line.startswith("#")]
 
 
 def test_the_two_commands_are_there_word_for_word():
@@ -31,7 +27,7 @@ def test_the_two_commands_are_there_word_for_word():
 
 
 def as_here(command: str) -> list[str]:
-    """The part behind `&&` with this interpreter (what is installed already is not installed again)."""
+    """The part after `&&` with this interpreter: the requirements are not installed again."""
     words = shlex.split(command.split("&&")[-1])
     assert words[0] == "python"
     return [sys.executable, *words[1:]]
@@ -40,21 +36,21 @@ def as_here(command: str) -> list[str]:
 def test_the_first_command_trains(tmp_path):
     words = as_here(COMMANDS[0])
     words[1] = str(ROOT / words[1])
-    no_network = {
-        "https_proxy": "http://127.0.0.1:9"
-    }  # a test must not fetch a dozen books from a charity each time
+    # A test must not download a dozen books from a charity each time.
+    no_network = {**os.environ, "https_proxy": "http://127.0.0.1:9"}
     result = subprocess.run(
         [*words, "--max_steps", "20"],
         cwd=tmp_path,
+        env=no_network,
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
-        env={**os.environ, **no_network},
     )
     assert result.returncode == 0, result.stderr[-2000:]
     losses = [float(x) for x in re.findall(r"validation loss ([\d.]+)", result.stdout)]
-    assert abs(losses[0] - 8.32) < 0.3 and losses[-1] < losses[0] - 0.5  # ln(4096), and falling
+    assert abs(losses[0] - 8.32) < 0.3  # ln(4096)
+    assert losses[-1] < losses[0] - 0.5
     assert (tmp_path / "runs/simple/loss.png").exists()
 
 
@@ -67,19 +63,16 @@ def test_the_second_command_finds_the_tests():
         timeout=120,
         check=False,
     )
-    assert result.returncode == 0 and "test_the_second_command_finds_the_tests" in result.stdout, (
-        result.stdout[-2000:]
-    )
+    assert result.returncode == 0, result.stdout[-2000:]
+    assert "test_the_second_command_finds_the_tests" in result.stdout
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_configuration_opens_with_its_command_and_holds_known_settings(path):
-    text = path.read_text(encoding="utf-8")
-    head = text.split("\ndataset_name")[0]
+    head = path.read_text(encoding="utf-8").split("\ndataset_name")[0]
     assert f"pretraining_advanced.py --config configs/{path.name}" in head
-    assert "not yet measured" in head or re.search(r"20\d\d-\d\d-\d\d", head), (
-        "its cost: measured, with the date, or said not to be"
-    )
+    cost_is_known = "not yet measured" in head or re.search(r"20\d\d-\d\d-\d\d", head)
+    assert cost_is_known, "give its cost with the date, or write: not yet measured"
     config = from_yaml(TrainConfig, str(path))
     check_settings(config)
     assert config.run_name == path.stem
@@ -91,9 +84,6 @@ def test_the_file_map_names_every_script_and_part():
 
 
 def test_requirements_end_with_the_project_itself_and_pin_torch():
-    lines = [
-        line
-        for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-        if line.strip()
-    ]
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").split("\n")
+    lines = [line for line in lines if line.strip()]
     assert lines[-1] == "-e ." and "torch==2.13.0" in lines
