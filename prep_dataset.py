@@ -4,15 +4,15 @@ Raw text in, clean training text out.
     python prep_dataset.py gutenberg --book_ids 11 84 1342                  # download, clean, combine
     python prep_dataset.py gutenberg --data_dir RAW --languages all         # a folder of .txt and archives
     python prep_dataset.py extract --archive books.zip --output_dir books   # unpack an archive safely, nothing more
-    python prep_dataset.py smollm --dataset_subset cosmopedia-v2 --max_documents 100000     # documents -> token shards
-    python prep_dataset.py smollm --dataset_name my_texts --tokenizer bpe:8192 --num_shards 4 --shard_index 0
+    python prep_dataset.py tokenize --dataset_subset cosmopedia-v2 --max_documents 100000     # documents -> token shards
+    python prep_dataset.py tokenize --dataset_name my_texts --tokenizer bpe:8192 --num_shards 4 --shard_index 0
     python prep_dataset.py merge --parts token_cache/my_texts-*-part-*      # what four machines built, as one folder
     python prep_dataset.py info --path token_cache/my_texts-0123456789ab    # counts; `verify` reads and compares every byte
 
 `gutenberg` writes combined_1.txt, combined_2.txt, ... with a line `<|endoftext|>` between books, and report.json: what
 was done to each file and why. Downloads are kept in OUTPUT_DIR/raw; the same line again fetches only what is missing.
 39 books (19 MB) take about 5 s on two CPU cores. `pretraining_simple.py --data_dir OUTPUT_DIR` trains on the result.
-`smollm` streams documents of the hub or of local files into --cache_dir; pretraining_advanced.py does the same by itself.
+`tokenize` streams documents of the hub or of local files into --cache_dir; pretraining_advanced.py does the same by itself.
 
 Project Gutenberg asks robots to be slow and to use a mirror for much (https://www.gutenberg.org/policy/robot_access.html):
 books come one at a time with a pause, under a user agent that names this program.
@@ -86,7 +86,7 @@ class ExtractConfig:
 
 
 @dataclass
-class SmollmConfig:
+class TokenizeConfig:
     """Tokenise documents into token shards: from the hub, a folder in its layout, parquet, jsonl(.gz), or text files."""
 
     # name on the hub, or path of a folder or file
@@ -105,9 +105,12 @@ class SmollmConfig:
     debug: bool = False  # show the traceback of an error
 
 
+SmollmConfig = TokenizeConfig  # its earlier name
+
+
 @dataclass
 class MergeConfig:
-    """Make one folder of token shards of the parts that `smollm --num_shards N --shard_index I` wrote."""
+    """Make one folder of token shards of the parts that `tokenize --num_shards N --shard_index I` wrote."""
 
     parts: tuple[str, ...]  # the N folders
     debug: bool = False  # show the traceback of an error
@@ -519,7 +522,7 @@ def load_documents(data_dir: str | None) -> tuple[list[str], str]:
 # ---------------------------------------------------------------------------------------------------- token shards
 
 
-def _tokenizer_of(spec: str, config: SmollmConfig) -> Tokenizer:
+def _tokenizer_of(spec: str, config: TokenizeConfig) -> Tokenizer:
     """The tokenizer of --tokenizer. No other one instead: a cache of other ids would be a surprise for months."""
     if spec in ("gpt2", "auto"):
         try:
@@ -546,7 +549,7 @@ def _tokenizer_of(spec: str, config: SmollmConfig) -> Tokenizer:
     )
 
 
-def _refuse_other_settings(config: SmollmConfig, tokenizer_key: str) -> None:
+def _refuse_other_settings(config: TokenizeConfig, tokenizer_key: str) -> None:
     """Ready-made shards are what they are: a setting that asks for something else would be ignored."""
     source = shards.read_index(config.dataset_name)["source"]
     made = (
@@ -557,12 +560,12 @@ def _refuse_other_settings(config: SmollmConfig, tokenizer_key: str) -> None:
         for name in ("dataset_subset", "text_field", "max_documents", "val_share")
     }
     for name, value in {**asked, "tokenizer": tokenizer_key}.items():
-        if value != SmollmConfig.__dataclass_fields__[name].default and value != made.get(name):
+        if value != TokenizeConfig.__dataclass_fields__[name].default and value != made.get(name):
             what = f"--{name}: {value}, but {config.dataset_name} is ready-made with {made.get(name, 'another choice')}"
             raise ValueError(f"{what}; leave the flag out, or name the text instead of the shards")
 
 
-def prepare_tokens(config: SmollmConfig, build: bool = True) -> Path:
+def prepare_tokens(config: TokenizeConfig, build: bool = True) -> Path:
     """
     The folder of token shards that belongs to these settings, built if it is not there and `build` says so; returns its path.
 
@@ -577,7 +580,7 @@ def prepare_tokens(config: SmollmConfig, build: bool = True) -> Path:
     if any(Path(name).glob("*.bin")):
         _refuse_other_settings(config, key)
         return Path(name)
-    if name == SmollmConfig.dataset_name:
+    if name == TokenizeConfig.dataset_name:
         config.dataset_subset = config.dataset_subset or "cosmopedia-v2"
     if not (
         0 < config.val_share < 1
@@ -649,13 +652,27 @@ def describe_tokens(folder, index: dict) -> str:
 
 # ---------------------------------------------------------------------------------------------------- command line
 
-COMMANDS = {"gutenberg": GutenbergConfig, "extract": ExtractConfig, "smollm": SmollmConfig}
-COMMANDS |= {"merge": MergeConfig, "info": InfoConfig, "verify": VerifyConfig}
+COMMANDS = {
+    "gutenberg": GutenbergConfig,
+    "extract": ExtractConfig,
+    "tokenize": TokenizeConfig,
+    "merge": MergeConfig,
+    "info": InfoConfig,
+    "verify": VerifyConfig,
+}
+EARLIER_COMMANDS = {"smollm": TokenizeConfig}  # still understood, not listed in --help
+
+
+def commands_for(argv: list[str]) -> dict:
+    """The commands that parse() needs for this line: the earlier names only if it uses one."""
+    if not argv or argv[0] in COMMANDS or argv[0].startswith("-"):
+        return COMMANDS
+    return COMMANDS | EARLIER_COMMANDS
 
 
 def main(config) -> int:
     """Run the command whose configuration this is; returns the exit code."""
-    if isinstance(config, SmollmConfig | MergeConfig):
+    if isinstance(config, TokenizeConfig | MergeConfig):
         merging = isinstance(config, MergeConfig)
         folder = (
             shards.merge(config.parts, config.parts[0].rsplit("-part-", 1)[0])
@@ -697,4 +714,4 @@ def main(config) -> int:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(COMMANDS)))
+    run_script(lambda: main(parse(commands_for(sys.argv[1:]))))

@@ -203,7 +203,7 @@ def shell(line: str, folder) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("part", TO_RUN)
 def test_every_command_runs_as_it_stands(part, tmp_path, monkeypatch, capsys):
     text = PARTS[part]
-    if re.search(r"hf:gpt2|prep_dataset.py smollm", text):
+    if re.search(r"hf:gpt2|prep_dataset.py tokenize", text):
         shared("data/gpt2/tiktoken_cache")  # GPT-2's vocabulary
     prepared(tmp_path, text, monkeypatch)
     for block in blocks(DOCS[part.partition(":")[0]], "python"):

@@ -18,7 +18,7 @@ from parts.data import corpus, shards
 from parts.data.batches import TrainBatches, val_batches
 from parts.data.shards import Shards, read_index
 from parts.data.tokenizers import byte_tokenizer, make_tokenizer
-from prep_dataset import SmollmConfig, prepare_tokens
+from prep_dataset import TokenizeConfig, prepare_tokens
 
 WORDS = "the old man and a small dog went down to the sea where ships of every kind lay still in the light".split()
 
@@ -63,7 +63,7 @@ def prepare(source, tmp_path, **settings):
         "val_share": 0.1,
         **settings,
     }
-    return prepare_tokens(SmollmConfig(dataset_name=str(source), **settings))
+    return prepare_tokens(TokenizeConfig(dataset_name=str(source), **settings))
 
 
 def texts_in(folder, split) -> list[str]:
@@ -129,7 +129,7 @@ def test_published_shards_load_as_they_are(tmp_path):
         header[:3] = 20240520, 1, 5000
         tokens = rng.integers(0, 50257, 5000).astype(np.uint16)
         (tmp_path / name).write_bytes(header.tobytes() + tokens.tobytes())
-    assert prepare_tokens(SmollmConfig(dataset_name=str(tmp_path))) == tmp_path
+    assert prepare_tokens(TokenizeConfig(dataset_name=str(tmp_path))) == tmp_path
     index = read_index(tmp_path)
     train, val = Shards(tmp_path, "train", index), Shards(tmp_path, "val", index)
     assert (len(train), len(val)) == (5000, 5000)
@@ -243,12 +243,38 @@ def test_a_build_that_was_stopped_goes_on_to_the_same_bytes(
     assert first != documents(1)[0], "it began anew instead of going on"
 
 
+def test_smollm_is_still_a_name_of_tokenize_and_builds_the_same_folder(tmp_path):
+    write_jsonl(tmp_path / "data/train.jsonl", documents(30))
+    outputs, hashes = [], []
+    for command in ("tokenize", "smollm"):
+        result = run(
+            "prep_dataset.py",
+            command,
+            "--dataset_name",
+            "data",
+            "--tokenizer",
+            "bytes",
+            cwd=tmp_path,
+        )
+        assert result.returncode == 0, result.stderr
+        outputs.append(result.stdout)
+        (folder,) = tmp_path.glob("token_cache/data-*")
+        hashes.append(shards.content_hash(read_index(folder)))
+        folder.rename(tmp_path / command)  # so that the other command builds its own
+    assert outputs[0] == outputs[1] and hashes[0] == hashes[1]
+    listed = run("prep_dataset.py", "--help", cwd=tmp_path).stdout
+    assert "tokenize" in listed and "smollm" not in listed
+    for typed, meant in (("tokenise", "tokenize"), ("smolm", "smollm")):
+        line = one_error_line(run("prep_dataset.py", typed, cwd=tmp_path), 2)
+        assert f"did you mean {meant}?" in line
+
+
 def test_a_killed_build_leaves_no_cache_and_the_next_one_finishes(tmp_path):
     write_jsonl(tmp_path / "data/train.jsonl", documents(60_000))
     command = [
         sys.executable,
         str(ROOT / "prep_dataset.py"),
-        "smollm",
+        "tokenize",
         "--dataset_name",
         "data",
         "--tokenizer",
@@ -412,9 +438,9 @@ def test_a_folder_with_a_tokenizer_is_told_apart_by_its_content(source, tmp_path
 )
 def test_a_setting_that_ready_made_shards_cannot_follow_is_refused(source, tmp_path, setting):
     made = prepare(source, tmp_path, dataset_subset="one")
-    assert prepare_tokens(SmollmConfig(dataset_name=str(made))) == made == prepare(made, tmp_path)
+    assert prepare_tokens(TokenizeConfig(dataset_name=str(made))) == made == prepare(made, tmp_path)
     with pytest.raises(ValueError, match=f"--{next(iter(setting))}: .* is ready-made with"):
-        prepare_tokens(SmollmConfig(dataset_name=str(made), **setting))
+        prepare_tokens(TokenizeConfig(dataset_name=str(made), **setting))
 
 
 def test_verify_claims_no_hashes_where_there_are_none(tmp_path):
@@ -480,7 +506,7 @@ def test_without_a_network_the_message_says_which_folder_would_serve(tmp_path):
     env = {"https_proxy": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     result = run(
         "prep_dataset.py",
-        "smollm",
+        "tokenize",
         "--dataset_name",
         "someone/else",
         "--tokenizer",
@@ -497,7 +523,7 @@ def test_the_unchanged_hub_name_works_beside_a_folder_of_that_name(tmp_path):
     where = shared("data/smollm/HuggingFaceTB/smollm-corpus")
     command = (
         "prep_dataset.py",
-        "smollm",
+        "tokenize",
         "--max_documents",
         50,
         "--tokenizer",
@@ -513,7 +539,7 @@ def test_the_unchanged_hub_name_works_beside_a_folder_of_that_name(tmp_path):
     assert run(*command, cwd=where.parent.parent).stdout == result.stdout
     assert time.monotonic() - started < 5
     words = ("--dataset_name", where, "--dataset_subset", "python-edu", "--tokenizer", "bytes")
-    line = one_error_line(run("prep_dataset.py", "smollm", *words, cwd=tmp_path), 2)
+    line = one_error_line(run("prep_dataset.py", "tokenize", *words, cwd=tmp_path), 2)
     assert "blob_id" in line
 
 
@@ -529,7 +555,7 @@ def watch():
     while not done.wait(0.01):
         peak[0] = max(peak[0], anon())
 thread = threading.Thread(target=watch); thread.start()
-prep_dataset.prepare_tokens(prep_dataset.SmollmConfig(dataset_name=sys.argv[0], tokenizer="bytes", cache_dir=sys.argv[1]))
+prep_dataset.prepare_tokens(prep_dataset.TokenizeConfig(dataset_name=sys.argv[0], tokenizer="bytes", cache_dir=sys.argv[1]))
 done.set(); thread.join()
 print(peak[0])
 """
