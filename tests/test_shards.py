@@ -235,10 +235,13 @@ def test_a_build_that_was_stopped_goes_on_to_the_same_bytes(
         try:
             prepare(source, tmp_path, cache_dir=str(tmp_path / "other"), **settings)
         except KeyboardInterrupt:
-            assert list((tmp_path / "other").glob(".*.part/progress.json"))
+            (note,) = (tmp_path / "other").glob(".*.part/progress.json")
+            note.with_name("progress.json.part").write_text("half a no", encoding="utf-8")
     first = seen[0]
     monkeypatch.setattr(corpus, "tokenise", real)
-    again = read_index(prepare(source, tmp_path, cache_dir=str(tmp_path / "other"), **settings))
+    folder = prepare(source, tmp_path, cache_dir=str(tmp_path / "other"), **settings)
+    again = read_index(folder)
+    assert not list(folder.glob("progress*"))
     assert shards.content_hash(again) == shards.content_hash(straight)
     assert first != documents(1)[0], "it began anew instead of going on"
 

@@ -27,6 +27,8 @@ from pathlib import Path
 
 import numpy as np
 
+from parts.base.files import add_file_name, fsync, make_folder, rename_durably, write_file
+
 WRITER = 1  # version of what a build writes: raised when the same settings would give other files
 HEADER_BYTES = 1024
 MAGIC = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}  # magic -> (version, type of a token)
@@ -40,6 +42,10 @@ def _header(n_tokens: int, dtype) -> bytes:
     header = np.zeros(HEADER_BYTES // 4, dtype=np.int32)
     header[:3] = magic, MAGIC[magic][0], n_tokens
     return header.tobytes()
+
+
+def _file_size(n_tokens: int, dtype) -> int:
+    return HEADER_BYTES + n_tokens * np.dtype(dtype).itemsize
 
 
 def read_header(path) -> tuple[int, type]:
@@ -62,7 +68,7 @@ def read_header(path) -> tuple[int, type]:
         raise ValueError(
             f"{path}: shard version {header[1]}, this code reads {version}; build it again with prep_dataset.py"
         )
-    expected = HEADER_BYTES + int(header[2]) * np.dtype(dtype).itemsize
+    expected = _file_size(int(header[2]), dtype)
     if size != expected:
         raise ValueError(
             f"{path}: has {size:,} bytes, its header promises {expected:,}; it is damaged, build the cache again"
@@ -89,11 +95,11 @@ class _Writer:
 
     def _open(self, shard: dict) -> None:
         path = self.folder / shard["name"]
-        path.touch()
+        if not path.exists():
+            path.touch()
+            fsync(self.folder)  # progress.json must not name a file that a power cut takes away
         self.file = open(path, "r+b")  # noqa: SIM115  open until the shard is full
-        self.file.truncate(
-            HEADER_BYTES + shard["tokens"] * np.dtype(self.dtype).itemsize
-        )  # what was written after the note
+        self.file.truncate(_file_size(shard["tokens"], self.dtype))  # drops what no note mentions
         self.file.seek(0, os.SEEK_END)
 
     def write(self, ids: np.ndarray, n_documents: int, n_bytes: int) -> None:
@@ -102,6 +108,7 @@ class _Writer:
             return
         if not self.shards or self.shards[-1]["tokens"] >= SHARD_TOKENS:
             self.note()
+            self.close()
             name = f"{self.split}_{len(self.shards):06d}.bin"
             self.shards.append({"name": name, "tokens": 0, "documents": 0, "bytes": 0})
             self._open(self.shards[-1])
@@ -138,13 +145,13 @@ def build(target, tokenizer, chunks, tokenise, facts: dict, n_threads: int, prog
 
     target = Path(target)
     part = target.with_name(f".{target.name}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(part.parent)
     with FileLock(target.with_name(f".{target.name}.lock")):
         if target.exists():
             return target
-        part.mkdir(exist_ok=True)
+        make_folder(part)
         dtype = np.uint16 if tokenizer.vocab_size <= 65_536 else np.uint32
-        note = _read_note(part, tokenizer.fingerprint)
+        note = _read_note(part, tokenizer.fingerprint, dtype)
         writers = {
             split: _Writer(part, split, dtype, note["shards"][split]) for split in ("train", "val")
         }
@@ -175,10 +182,7 @@ def build(target, tokenizer, chunks, tokenise, facts: dict, n_threads: int, prog
             for writer in writers.values():
                 writer.note()
         except BaseException as e:
-            if (
-                isinstance(e, OSError) and e.strerror and not e.filename
-            ):  # a failed write does not say where
-                e.filename = str(part)
+            add_file_name(e, part)
             if isinstance(e, ValueError):  # bad data: nothing to go on from
                 shutil.rmtree(part, ignore_errors=True)
             else:
@@ -191,17 +195,22 @@ def build(target, tokenizer, chunks, tokenise, facts: dict, n_threads: int, prog
                 writer.close()
         shards = [shard for writer in writers.values() for shard in writer.shards]
         _write_index(part, tokenizer, shards, facts)
-        (part / "progress.json").unlink(missing_ok=True)
-        os.rename(part, target)
+        for name in ("progress.json", "progress.json.part"):
+            (part / name).unlink(missing_ok=True)
+        rename_durably(part, target)
     return target
 
 
-def _read_note(part: Path, fingerprint: str) -> dict:
+def _read_note(part: Path, fingerprint: str, dtype) -> dict:
+    """What `_write_note` wrote; empties the folder and starts anew if that is missing or useless."""
     try:
         note = json.loads((part / "progress.json").read_text(encoding="utf-8"))
-        if note["tokenizer"] == fingerprint and all(
-            (part / s["name"]).exists() for shards in note["shards"].values() for s in shards
-        ):
+        complete = all(
+            (part / shard["name"]).stat().st_size >= _file_size(shard["tokens"], dtype)
+            for shards in note["shards"].values()
+            for shard in shards
+        )
+        if note["tokenizer"] == fingerprint and complete:
             return note
     except (OSError, ValueError, KeyError, TypeError):
         pass  # no note, or not a whole one: the build begins again
@@ -211,18 +220,14 @@ def _read_note(part: Path, fingerprint: str) -> dict:
 
 
 def _write_note(part: Path, fingerprint: str, state, writers: dict) -> None:
-    note = {
-        "tokenizer": fingerprint,
-        "state": state,
-        "shards": {split: writer.note() for split, writer in writers.items()},
-    }
-    new = part / "progress.json.part"
-    new.write_text(json.dumps(note), encoding="utf-8")
-    os.replace(new, part / "progress.json")
+    """Save how far the build is; the shards that the note describes are durable before it."""
+    shards = {split: writer.note() for split, writer in writers.items()}
+    note = {"tokenizer": fingerprint, "state": state, "shards": shards}
+    write_file(part / "progress.json", json.dumps(note).encode())
 
 
 def _write_index(folder: Path, tokenizer, shards: list[dict], facts: dict) -> None:
-    (folder / "tokenizer.json").write_bytes(tokenizer.to_json())
+    write_file(folder / "tokenizer.json", tokenizer.to_json())
     for shard in shards:
         whole, blocks = hashlib.sha256(), []
         with open(folder / shard["name"], "rb") as f:
@@ -230,7 +235,7 @@ def _write_index(folder: Path, tokenizer, shards: list[dict], facts: dict) -> No
             while block := f.read(BLOCK_BYTES):
                 whole.update(block)
                 blocks.append(_short_hash(block))
-            os.fsync(f.fileno())
+        fsync(folder / shard["name"])
         shard |= {"sha256": whole.hexdigest(), "blocks": "".join(blocks)}
     digest = hashlib.sha256(tokenizer.to_json()).hexdigest()
     index = {
@@ -245,9 +250,8 @@ def _write_index(folder: Path, tokenizer, shards: list[dict], facts: dict) -> No
 
 
 def _seal(folder: Path, index: dict) -> None:
-    (folder / "index.json").write_text(
-        json.dumps(index | {"sha256": _index_hash(index)}, indent=1), encoding="utf-8"
-    )
+    sealed = index | {"sha256": _index_hash(index)}
+    write_file(folder / "index.json", json.dumps(sealed, indent=1).encode())
 
 
 def _index_hash(index: dict) -> str:
@@ -286,7 +290,7 @@ def merge(parts, target) -> Path:
         raise ValueError(f"{target}: is there already; delete it first")
     part, shards, counts = target.with_name(f".{target.name}.part"), [], {}
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    make_folder(part)
     for folder, index in zip(folders, indexes, strict=True):
         for shard in index["shards"]:
             split = shard["name"].split("_")[0]
@@ -296,14 +300,15 @@ def merge(parts, target) -> Path:
                 os.link(folder / shard["name"], part / name)
             except OSError:  # another disk
                 shutil.copyfile(folder / shard["name"], part / name)
+            fsync(part / name)
             shards.append(shard | {"name": name})
-    shutil.copyfile(folders[0] / "tokenizer.json", part / "tokenizer.json")
+    write_file(part / "tokenizer.json", (folders[0] / "tokenizer.json").read_bytes())
     index = indexes[0] | {
         "source": sources[0] | {"num_shards": 1},
         "shards": sorted(shards, key=lambda s: s["name"]),
     }
     _seal(part, index)
-    os.rename(part, target)
+    rename_durably(part, target)
     return target
 
 
