@@ -41,6 +41,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from parts.base.files import add_file_name, make_folder, rename_durably, sha256_of
 from parts.base.text import EOT
 from parts.cli.config import parse
 from parts.cli.launch import error_line, run_script
@@ -161,7 +162,7 @@ def fetch(url: str, path: Path) -> None:
                 raise OSError(f"cut off after {n:,} of {int(announced):,} bytes")
             if n == 0:
                 raise OSError("empty")
-        os.replace(part, path)
+        rename_durably(part, path)
     except ValueError as e:  # urllib's word for an address it cannot read
         raise OSError(f"{url}: {e}") from e
     finally:
@@ -178,7 +179,7 @@ def download_books(
     times in a row, the rest is not tried: without a network a dozen books would cost a dozen time-outs.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     paths, failed, fetched, silent = [], {}, 0, 0
     for n in tqdm(book_ids, desc="downloading", unit="book"):
         path = folder / f"pg{n}.txt"
@@ -343,7 +344,7 @@ def prepare_gutenberg(config: GutenbergConfig) -> dict:
     work = output / ".preparing.part"
     shutil.rmtree(work, ignore_errors=True)  # of an attempt that was killed
     try:
-        work.mkdir(parents=True)
+        make_folder(work)
         files, rows, failed = _sources(config, work)
         rows += [
             {"file": f"raw/pg{n}.txt", "status": "not downloaded", "reason": why}
@@ -382,10 +383,9 @@ def prepare_gutenberg(config: GutenbergConfig) -> dict:
             *sorted(work.glob("combined_*.txt")),
             work / "report.json",
         ):  # the report last: it says complete
-            os.replace(new, output / new.name)
+            rename_durably(new, output / new.name)
     except OSError as e:
-        if e.strerror and not e.filename:  # a failed write does not say where
-            e.filename = str(output)
+        add_file_name(e, output)
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -576,7 +576,7 @@ def prepare_tokens(config: TokenizeConfig, build: bool = True) -> Path:
     name = config.dataset_name
     spec = {"auto": "gpt2", "bpe": "bpe:4096"}.get(config.tokenizer, config.tokenizer)
     file = Path(spec) / "tokenizer.json" if Path(spec).is_dir() else Path(spec)
-    key = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else spec
+    key = sha256_of(file) if file.is_file() else spec
     if any(Path(name).glob("*.bin")):
         _refuse_other_settings(config, key)
         return Path(name)

@@ -16,6 +16,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
+from parts.base.files import add_file_name
+
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".rar")
 BLOCK = 4096  # bytes that even an empty entry costs on a disk: bounds the number of entries as well
 DAMAGED = (
@@ -64,8 +66,7 @@ def extract_archive(path, dest, max_mb: float) -> int:
             os.rename(top, dest / top.name)
         return len(entries)
     except OSError as e:
-        if e.strerror and not e.filename:  # a failed write does not say where
-            e.filename = str(dest)
+        add_file_name(e, dest)
         raise
     finally:
         shutil.rmtree(part, ignore_errors=True)

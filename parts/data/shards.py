@@ -27,7 +27,14 @@ from pathlib import Path
 
 import numpy as np
 
-from parts.base.files import add_file_name, fsync, make_folder, rename_durably, write_file
+from parts.base.files import (
+    add_file_name,
+    fsync,
+    make_folder,
+    rename_durably,
+    sha256_of,
+    write_file,
+)
 
 WRITER = 1  # version of what a build writes: raised when the same settings would give other files
 HEADER_BYTES = 1024
@@ -343,7 +350,7 @@ def read_index(folder) -> dict:
         if index["writer"] != WRITER:
             raise ValueError(f"it has version {index['writer']}, this code reads {WRITER}")
         path = folder / "tokenizer.json"
-        if hashlib.sha256(path.read_bytes()).hexdigest() != index["tokenizer"]["sha256"]:
+        if sha256_of(path) != index["tokenizer"]["sha256"]:
             raise ValueError("it differs from index.json")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(
@@ -365,12 +372,10 @@ def verify(folder) -> dict:
     for shard in index["shards"]:
         path = folder / shard["name"]
         read_header(path)
-        if "sha256" in shard:
-            with open(path, "rb") as f:
-                if hashlib.file_digest(f, "sha256").hexdigest() != shard["sha256"]:
-                    raise ValueError(
-                        f"{path}: differs from index.json; it is damaged, delete {folder} and build it again"
-                    )
+        if "sha256" in shard and sha256_of(path) != shard["sha256"]:
+            raise ValueError(
+                f"{path}: differs from index.json; it is damaged, delete {folder} and build it again"
+            )
     return index
 
 

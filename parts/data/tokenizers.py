@@ -28,6 +28,7 @@ import numpy as np
 import regex  # tiktoken needs it, too
 import tiktoken
 
+from parts.base.files import make_folder, rename_durably, sha256_of
 from parts.base.text import EOT
 
 # GPT-2 merges only inside these pieces: contractions, words, numbers, punctuation, white space.
@@ -216,7 +217,7 @@ class Tokenizer:
             raise FileNotFoundError(
                 f"--tokenizer: {path} does not exist; give auto, gpt2, bpe, bpe:SIZE, bytes or a tokenizer.json"
             )
-        if _sha256(path) == GPT2_SHA256:
+        if sha256_of(path) == GPT2_SHA256:
             return _gpt2_of_merges(path)
         try:
             return cls._from_json(json.loads(path.read_bytes()))
@@ -337,10 +338,10 @@ def _download(url: str, path: Path, timeout_s: float) -> None:
     def work():
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             with urllib.request.urlopen(url, timeout=timeout_s) as response:
                 part.write_bytes(response.read())
-            os.replace(part, path)
+            rename_durably(part, path)
         except Exception as e:  # noqa: BLE001  whatever it is, the caller below raises it
             failed.append(e)
             part.unlink(missing_ok=True)
@@ -362,16 +363,12 @@ def gpt2_tokenizer(timeout_s: float = 10.0) -> Tokenizer:
         os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR") or default
     )
     path = folder / hashlib.sha1(GPT2_URL.encode()).hexdigest()  # tiktoken's own naming
-    if not path.exists() or _sha256(path) != GPT2_SHA256:
+    if not path.exists() or sha256_of(path) != GPT2_SHA256:
         _download(GPT2_URL, path, timeout_s)
-        if _sha256(path) != GPT2_SHA256:
+        if sha256_of(path) != GPT2_SHA256:
             path.unlink()
             raise OSError(f"{GPT2_URL} has another sha256 than expected")
     return _gpt2_of_merges(path)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _gpt2_of_merges(path: Path) -> Tokenizer:
