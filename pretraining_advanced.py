@@ -80,7 +80,7 @@ from parts.training.progress import Progress, Requests
 from parts.training.ranks import Ranks
 from parts.training.resume import is_inside, last_good, open_run, restore, save, unique_weights
 from parts.training.run_settings import check_settings, divide_rows, resolve_length
-from prep_dataset import SmollmConfig, prepare_tokens
+from prep_dataset import TokenizeConfig, prepare_tokens
 
 # ------------------------------------------------------------------------------------ configuration
 
@@ -264,7 +264,7 @@ def open_text(config: TrainConfig, required: bool = True) -> Text | None:
     """
     planned = config.plan or config.plan_memory_gb
     names = (*TrainConfig.IN_DATA, "cache_dir", "streaming")
-    settings = SmollmConfig(**{name: getattr(config, name) for name in names})
+    settings = TokenizeConfig(**{name: getattr(config, name) for name in names})
     folder = prepare_tokens(settings, build=not planned)
     if planned and not folder.exists():
         if required:
@@ -846,7 +846,7 @@ def run(config: RunConfig, make_job: Callable = gpt_job, engines: dict = ENGINES
             show_plan(job, config, engine)
             return 0
         with ranks.agree():
-            ranks.same(job.facts, "let all ranks see the same files, data and cache alike")
+            ranks.same(job.facts, "let all ranks see the same data and the same --cache_dir")
         return train(job, config, engine)
 
 

@@ -27,8 +27,8 @@ def ours(folder, index) -> float:
     started = time.perf_counter()
     batches = TrainBatches(shards.Shards(folder, "train", index), T, 0, 50257)
     batches.share(0, 1, B, B)
-    n = batches.n_windows // B
-    for _, batch in zip(range(n), batches, strict=False):
+    n = batches.n_rows // B
+    for _, (batch,) in zip(range(n), batches, strict=False):
         assert batch["inputs"].shape == (B, T)
     return (time.perf_counter() - started) / n
 

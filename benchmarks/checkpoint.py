@@ -21,9 +21,13 @@ import torch
 from gpt_train import GPT, Block, GPTConfig
 from parts.storage.checkpoint import load_tensors, save_checkpoint, verify_checkpoint
 from parts.storage.writer import Writer
-from parts.training.engine import Parallel
+from parts.training.engine import Engine
+from parts.training.guard import Guard
 from parts.training.optim import Optimizer
-from pretraining_advanced import Job, TrainConfig, checkpoint_bytes, save
+from parts.training.progress import Progress
+from parts.training.ranks import Ranks
+from parts.training.resume import checkpoint_bytes, save
+from pretraining_advanced import Job, TrainConfig
 
 
 def main() -> None:
@@ -32,14 +36,14 @@ def main() -> None:
     parser.add_argument("--size", default="124M")
     args = parser.parse_args()
     device = torch.device("cpu")
-    parallel = Parallel("none", device, torch.float32)
+    engine, guard = Engine(Ranks(device, group=False), torch.float32), Guard(1, 0.0, 1)
     model = GPT(GPTConfig.of_size(args.size))
-    optimizer = Optimizer(model, (Block,), "adamw", 0.1, device)
+    optimizer = engine.optimizer = Optimizer(model, (Block,), "adamw", 0.1, device)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     optimizer.step()
     optimizer.zero_grad()
-    job = Job(model, None, None, None, (Block,), 0, {})
+    job = Job("gpt", model, None, None, None, (Block,), 1, 1024, {})
     rows = []
     with tempfile.TemporaryDirectory() as tmp:
         config = TrainConfig(output_dir=tmp, keep_last=1)
@@ -52,15 +56,7 @@ def main() -> None:
         writer.wait()
         for step in range(1, 4):
             started, cpu = time.perf_counter(), time.process_time()
-            state = {
-                "step": step,
-                "tokens": 0,
-                "data_cursor": {},
-                "best": None,
-                "guard": {},
-                "rows_per_step": 1,
-            }
-            save(job, optimizer, config, parallel, writer, state, at_once=False)
+            save(job, config, engine, writer, Progress({}, 1, step), guard, {}, at_once=False)
             waited = time.perf_counter() - started
             writer.wait()
             ours = [waited, time.perf_counter() - started, time.process_time() - cpu]

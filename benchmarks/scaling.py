@@ -8,7 +8,6 @@ medians, the efficiency (time of 1 over twice the time of 2), and how much of th
 """
 
 import argparse
-import contextlib
 import json
 import os
 import statistics
@@ -26,29 +25,26 @@ def work() -> None:
 
     from gpt_train import GPT, Block, GPTConfig
     from parts.base.machine import choose_dtype
-    from parts.training.engine import Parallel
+    from parts.training.engine import ENGINES, choose_engine
     from parts.training.optim import Optimizer
+    from parts.training.ranks import Ranks
 
     device = torch.device("cpu")
-    with Parallel("ddp", device, choose_dtype("auto", device)[0]) as parallel:
+    kind = choose_engine("ddp", ENGINES)
+    with Ranks(device, group=kind.needs_torchrun) as ranks:
+        engine = kind(ranks, choose_dtype("auto", device)[0])
         torch.manual_seed(0)
         gpt = GPT(GPTConfig.of_size(SIZE, vocab_size=V, block_size=T, dropout=0.0))
-        model, optimizer = parallel.prepare(
-            gpt, (Block,), lambda m: Optimizer(m, (Block,), "adamw", 0.1, device)
-        )
-        ids = torch.randint(V, (ROWS // parallel.world, T + 1))
+        engine.prepare(gpt, (Block,), lambda m: Optimizer(m, (Block,), "adamw", 0.1, device))
+        ids = torch.randint(V, (ROWS // ranks.world, T + 1))
 
         def step(exchange: bool) -> float:
             started = time.perf_counter()
-            with (
-                parallel.sync(model, last=True),
-                contextlib.nullcontext() if exchange or parallel.world == 1 else model.no_sync(),
-            ):
-                with parallel.autocast():
-                    loss = model(ids[:, :-1], ids[:, 1:])
-                parallel.backward(loss * (parallel.world / (ROWS * T)))
-            _, norm = parallel.read(loss.detach(), optimizer)
-            parallel.step(optimizer, norm, 1.0)
+            batch = {"ids": ids[:, :-1], "targets": ids[:, 1:]}
+            # without the exchange: as if another micro-batch followed
+            total = engine.accumulate(lambda m, b: m(**b), batch, ROWS * T, last=exchange)
+            engine.read(total)
+            engine.step(0.0, 1.0)
             return time.perf_counter() - started
 
         def exchange() -> float:
@@ -58,9 +54,9 @@ def work() -> None:
             return time.perf_counter() - started
 
         rows = [
-            (step(True), step(False), exchange() if parallel.world > 1 else 0.0) for _ in range(10)
+            (step(True), step(False), exchange() if ranks.world > 1 else 0.0) for _ in range(10)
         ][2:]
-        if parallel.rank == 0:
+        if ranks.rank == 0:
             print(json.dumps([statistics.median(column) for column in zip(*rows, strict=True)]))
 
 

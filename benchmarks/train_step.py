@@ -23,51 +23,39 @@ SIDES = ("ours", "transformers")
 
 def ours(args, device, dtype):
     """A function that does one step of the production trainer and returns its loss."""
-    from types import SimpleNamespace
 
     import torch
 
     from gpt_train import GPT, Block, GPTConfig
     from parts.model.losses import compile_softmax
-    from parts.training.engine import Parallel
+    from parts.training.engine import Engine
     from parts.training.optim import Optimizer
-    from pretraining_advanced import Job, TrainConfig, gradients
+    from parts.training.progress import Progress
+    from parts.training.ranks import Ranks
+    from pretraining_advanced import Job, TrainConfig, gpt_loss, gradients
 
     torch.manual_seed(0)
     gpt = GPT(
         GPTConfig.of_size(args.size, vocab_size=50257, block_size=args.context_length, dropout=0.0)
     )
-    parallel = Parallel("none", device, dtype)
-    job = Job(
-        gpt,
-        None,
-        None,
-        lambda model, batch: model(batch["inputs"], batch["targets"]),
-        (Block,),
-        0,
-        {},
-    )
+    engine = Engine(Ranks(device, group=False), dtype)
+    job = Job("gpt", gpt, None, None, gpt_loss, (Block,), 1, args.context_length, {})
     config = TrainConfig(batch_size=args.batch_size)
 
     def make_optimizer(model):
         return Optimizer(model, job.blocks, "adamw", 0.1, device)
 
     compile_softmax(not args.eager and device.type == "cuda")
-    model, optimizer = parallel.prepare(
-        gpt, job.blocks, make_optimizer, compile_blocks=not args.eager
-    )
-    optimizer.set_lr(1e-4)
-    state = SimpleNamespace(step=0)
+    engine.prepare(gpt, job.blocks, make_optimizer, compile_blocks=not args.eager)
+    progress = Progress({}, args.batch_size)
 
     def step(ids):
         batch = {"inputs": ids[:, :-1], "targets": ids[:, 1:]}
-        state.step += 1
+        progress.step += 1
         n = batch["targets"].numel()
-        total = gradients(
-            job, model, optimizer, [batch], n, {"step": state.step, "split": 1}, config, parallel
-        )
-        loss, norm = parallel.read(total, optimizer)
-        parallel.step(optimizer, norm, 1.0)
+        total = gradients(job, engine, [batch], n, progress, config)
+        loss = engine.read(total)
+        engine.step(1e-4, 1.0)
         return loss / n
 
     return step

@@ -258,7 +258,7 @@ def test_the_same_losses_as_the_simple_script(home, tmp_path, monkeypatch):
     from parts.data.batches import TrainBatches
     from parts.data.shards import Shards, read_index
     from parts.data.tokenizers import byte_tokenizer
-    from prep_dataset import SmollmConfig, prepare_tokens
+    from prep_dataset import TokenizeConfig, prepare_tokens
 
     settings = {
         "batch_size": 4,
@@ -269,7 +269,7 @@ def test_the_same_losses_as_the_simple_script(home, tmp_path, monkeypatch):
     }
     advanced = metrics(train(home, "like_simple", **settings))
     monkeypatch.chdir(home)
-    folder = prepare_tokens(SmollmConfig(dataset_name="data", tokenizer="bytes", val_share=0.05))
+    folder = prepare_tokens(TokenizeConfig(dataset_name="data", tokenizer="bytes", val_share=0.05))
 
     def windows(_tokens, batch_size, T, seed):
         batches = TrainBatches(
@@ -760,7 +760,7 @@ def test_one_yaml_file_is_enough_and_an_empty_name_is_none(home):
     for name in ("a", "b"):
         (home / f"{name}.yaml").write_text("max_steps: 3\n", encoding="utf-8")
     words = ("--config", "a.yaml", "--config=b.yaml")
-    assert "stands 2 times (a.yaml, b.yaml)" in one_error_line(
+    assert "is given 2 times (a.yaml, b.yaml)" in one_error_line(
         run("pretraining_advanced.py", *words, cwd=home), 2
     )
     assert "--config: is empty" in one_error_line(

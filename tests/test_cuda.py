@@ -21,10 +21,21 @@ from parts.base import machine
 from parts.base.machine import choose_dtype, pick_device
 from parts.data.batches import Prefetch
 from parts.storage import writer
-from parts.training.engine import Parallel
+from parts.training.engine import Engine, Replicated, Sharded
 from parts.training.optim import Optimizer
+from parts.training.progress import Progress
+from parts.training.ranks import Ranks
 
 CPU = torch.device("cpu")
+
+
+def engine_on_cpu(kind=Engine, dtype=torch.float32):
+    return kind(Ranks(CPU, group=False), dtype)
+
+
+def prepare(engine, model, **options) -> None:
+    """A GPT without an optimizer."""
+    engine.prepare(model, (gpt_train.Block,), lambda model: None, **options)
 
 
 class FakeCuda:
@@ -293,7 +304,7 @@ def test_errors_of_nccl_are_not_told_as_a_network_that_fails(monkeypatch, error,
 
     monkeypatch.setattr(dist, "init_process_group", fail)
     with pytest.raises(ValueError) as e:
-        Parallel("ddp", torch.device("cuda:1"), torch.float32)
+        Ranks(torch.device("cuda:1"), group=True)
     assert str(e.value).startswith(told) and "\n" not in str(e.value)
 
 
@@ -321,13 +332,13 @@ def test_autocast_keeps_no_copy_of_the_weights(recomputed):
     model = gpt_train.GPT(
         gpt_train.GPTConfig(vocab_size=64, block_size=8, n_layer=6, n_head=2, n_embd=128)
     )
-    parallel, ids = Parallel("none", CPU, torch.bfloat16), torch.zeros(1, 8, dtype=torch.int64)
-    model, _ = parallel.prepare(model, (gpt_train.Block,), lambda model: None, recomputed)
+    engine, ids = engine_on_cpu(dtype=torch.bfloat16), torch.zeros(1, 8, dtype=torch.int64)
+    prepare(engine, model, activation_checkpointing=recomputed)
     one_block = 2 * 12 * 128 * 128  # bytes of its matrices in bf16
     profiler = torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     )
-    with torch.set_grad_enabled(recomputed), parallel.autocast(), profiler as profile:
+    with torch.set_grad_enabled(recomputed), engine.autocast(), profiler as profile:
         loss = model(ids, ids)
     assert sum(event.self_cpu_memory_usage for event in profile.events()) < one_block, (
         "of six blocks"
@@ -344,17 +355,14 @@ def test_only_blocks_that_draw_random_numbers_save_the_random_state(monkeypatch)
                 vocab_size=64, block_size=8, n_layer=2, n_head=2, n_embd=8, dropout=dropout
             )
         )
-        Parallel("none", CPU, torch.float32).prepare(
-            model, (gpt_train.Block,), lambda model: None, True
-        )
+        prepare(engine_on_cpu(), model, activation_checkpointing=True)
         saved.clear()
         ids = torch.zeros(1, 8, dtype=torch.int64)
         model(ids, ids).backward()
         assert bool(saved) == bool(dropout)
     block = torch.nn.Linear(8, 8)  # of another model, which says nothing
-    Parallel("none", CPU, torch.float32).prepare(
-        block, (torch.nn.Linear,), lambda model: None, True
-    )
+    options = {"activation_checkpointing": True}
+    engine_on_cpu().prepare(block, (torch.nn.Linear,), lambda model: None, **options)
     saved.clear()
     block(torch.ones(1, 8)).sum().backward()
     assert saved, "without a word from the block it is saved"
@@ -376,25 +384,22 @@ def test_ddp_leaves_a_compiled_block_whole(monkeypatch, tmp_path):
     )
     torch._dynamo.reset()
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    parallel = Parallel("none", CPU, torch.float32)
-    parallel.kind = "ddp"
+    engine = engine_on_cpu(Replicated)
     model = gpt_train.GPT(
         gpt_train.GPTConfig(vocab_size=64, block_size=16, n_layer=1, n_head=2, n_embd=384)
     )
     ids = torch.zeros(1, 16, dtype=torch.int64)
     try:
         with torch._dynamo.config.patch(optimize_ddp=True):  # restored after the test
-            model, _ = parallel.prepare(
-                model, (gpt_train.Block,), lambda model: None, compile_blocks=True
-            )
-            model(ids, ids).backward()
+            prepare(engine, model, compile_blocks=True)
+            engine.model(ids, ids).backward()
         assert len(graphs) == 1
-        weight = model.module.h[0].mlp.c_fc.weight
+        weight = model.h[0].mlp.c_fc.weight
         assert weight.grad.untyped_storage().nbytes() > weight.nbytes, (
             "the gradient lies in the bucket, not beside it"
         )
     finally:
-        parallel.wrapped = model = None
+        engine.model = None
         dist.destroy_process_group()
         torch._dynamo.reset()
 
@@ -404,21 +409,21 @@ def test_a_step_reads_the_device_once():
     model = gpt_train.GPT(
         gpt_train.GPTConfig(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=8)
     )
-    parallel = Parallel("none", CPU, torch.float32)
-    model, optimizer = parallel.prepare(
-        model, (gpt_train.Block,), lambda model: Optimizer(model, (), "adamw", 0.1, CPU)
-    )
-    job = pretraining_advanced.Job(model, None, None, pretraining_advanced.gpt_loss, (), 0, {})
-    ids, state = torch.zeros(2, 8, dtype=torch.int64), {"step": 0, "split": 1}
+    engine = engine_on_cpu()
+    blocks = (gpt_train.Block,)
+    engine.prepare(model, blocks, lambda model: Optimizer(model, (), "adamw", 0.1, CPU))
+    loss_fn = pretraining_advanced.gpt_loss
+    job = pretraining_advanced.Job("gpt", model, None, None, loss_fn, (), 1, 8, {})
+    ids = torch.zeros(2, 8, dtype=torch.int64)
     config, expected = pretraining_advanced.TrainConfig(batch_size=2), None
     with Kernels() as operators:
         total = pretraining_advanced.gradients(
-            job, model, optimizer, [{"inputs": ids, "targets": ids}], 16, state, config, parallel
+            job, engine, [{"inputs": ids, "targets": ids}], 16, Progress({}, 2), config
         )
         expected = total, torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
         operators.names.clear()
-        loss, norm = parallel.read(total, optimizer)
-        parallel.step(optimizer, norm, 1.0)
+        loss = engine.read(total)
+        norm, _ = engine.step(1e-3, 1.0)
     assert (loss, norm) == tuple(t.item() for t in expected)
     assert not [name for name in operators.names if "_local_scalar_dense" in name], (
         "besides the list of the stacked two"
@@ -433,10 +438,9 @@ def test_offloaded_ranks_share_the_cores_of_the_machine(monkeypatch, device, thr
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(torch, "set_num_threads", found.append)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    monkeypatch.setattr(Parallel, "_slice", lambda *_: None)
-    parallel = Parallel("none", torch.device(device), torch.float32)
-    parallel.kind = "fsdp"
-    parallel.prepare(torch.nn.Linear(2, 2), (), lambda model: None, cpu_offload=True)
+    monkeypatch.setattr(Sharded, "_shard", lambda *_: None)
+    engine = Sharded(Ranks(torch.device(device), group=False), torch.float32)
+    engine.prepare(torch.nn.Linear(2, 2), (), lambda model: None, cpu_offload=True)
     assert found == threads
 
 

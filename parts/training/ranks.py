@@ -24,7 +24,7 @@ DTYPES = list(SAFETENSORS_NAMES)  # a tensor's dtype travels as its position in 
 
 class Ranks:
     """
-    rank, world (number of processes) and device of this process, and what it exchanges with others.
+    Rank, world (the world size) and device of this process, and what it exchanges with others.
 
     A context manager. With `group` the processes form a group on entering the constructor; leaving
     it dissolves the group. Raises ValueError if the processes cannot find each other.
