@@ -14,11 +14,11 @@ SCRIPTS = [
     "wt_load.py",
 ]
 BUDGETS = {  # lines of 100 columns; raising one is a decision, with its reason in the commit
-    "pretraining_simple.py": 400,
-    "pretraining_advanced.py": 1200,
-    "gpt_train.py": 860,
+    "pretraining_simple.py": 340,
+    "pretraining_advanced.py": 850,
+    "gpt_train.py": 650,
     "wt_load.py": 830,
-    "prep_dataset.py": 710,
+    "prep_dataset.py": 720,
     "test_smollm.py": 330,
     "notebook.py": 740,
 }
@@ -77,6 +77,14 @@ def test_arrows(path):
         assert ours <= {"pretraining_advanced", "recipes", *ARROWS["pretraining_advanced"]}
         others = [name for name in names if name.startswith("recipes.")]
         assert all(name.split(".")[1] == system for name in others), f"{path}: another recipe"
+
+
+def test_train_is_at_most_150_lines_and_other_functions_of_the_trainer_80():
+    tree = ast.parse((ROOT / "pretraining_advanced.py").read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
+    assert lengths.pop("train") <= 150
+    assert {name: n for name, n in lengths.items() if n > 80} == {}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
