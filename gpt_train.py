@@ -137,7 +137,7 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache: LayerCache | None = None):
-        """x (B, T, C) -> (B, T, C). With a cache, x has only the positions after the cached ones."""
+        """x (B, T, C) -> (B, T, C). With a cache, x has only positions after the cached ones."""
         B, T, C = x.shape
         H, D = self.n_head, C // self.n_head
         q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
@@ -515,7 +515,7 @@ def plot_run(run_dir, vocab_size: int | None = None) -> None:
         print(f"warning: no loss.png: {error_line(e)}", flush=True)
 
 
-# ------------------------------------------------------------------------ sampling from a checkpoint
+# ----------------------------------------------------------------------- sampling from a checkpoint
 
 
 def shell(config: GPTConfig) -> GPT:
@@ -635,11 +635,10 @@ def main(config: SampleConfig) -> None:
     )
     if config.eval:
         T, B = c.block_size, config.batch_size
-        print(scoring.score(model, tokenizer, config.eval, T, config.stride or T, B, device))
-        return None
+        return print(scoring.score(model, tokenizer, config.eval, T, config.stride or T, B, device))
     prompt = config.prompt
     if config.prompt_file:
-        prompt = scoring.read_text(config.prompt_file, "--prompt_file")
+        prompt = scoring.read_utf8(config.prompt_file, "--prompt_file")
     if not config.interactive:
         return show_samples(model, tokenizer, device, prompt, config)
     with contextlib.suppress(EOFError):  # Ctrl-D

@@ -814,11 +814,6 @@ def run(config: RunConfig, make_job: Callable = gpt_job, engines: dict = ENGINES
     check_settings(config)
     config.output_dir = config.output_dir or f"runs/{config.run_name}"
     engine_class = choose_engine(config.parallel, engines)
-    if config.cpu_offload and not engine_class.lockstep:
-        raise ValueError(
-            f"--cpu_offload: needs --parallel fsdp, this is {config.parallel}; "
-            "start with torchrun, or leave it out"
-        )
     device = pick_device(config.device)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -835,9 +830,8 @@ def run(config: RunConfig, make_job: Callable = gpt_job, engines: dict = ENGINES
         plural = "es" if ranks.world > 1 else ""
         ranks.say(f"{device}, {ranks.world} process{plural}, {config.dtype}: {why}")
         engine = engine_class(ranks, dtype)
-        building = engine.building()
-        if config.plan_memory_gb:  # another device: shapes without memory
-            building = torch.device("meta")
+        # planned for another device: shapes without memory
+        building = torch.device("meta") if config.plan_memory_gb else engine.building()
         with ranks.agree():
             job = make_job(config, building)
             if not planned:

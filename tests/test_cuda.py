@@ -54,6 +54,7 @@ class FakeCuda:
         monkeypatch.setattr(dist, "init_process_group", self.init_process_group)
         monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
         monkeypatch.setattr(dist, "all_reduce", lambda tensor: None)
+        monkeypatch.setattr(dist, "all_gather", lambda out, mine: [t.copy_(mine) for t in out])
         monkeypatch.setattr(pretraining_advanced, "attention_kernel", lambda *_: "chosen by torch")
 
     def index(self, function, device) -> int:

@@ -77,13 +77,14 @@ def train(name, spoil=lambda step, loss: loss, engine=OwnsItsStep, **settings) -
 
 
 def test_an_engine_that_owns_its_step_trains_and_resumes_as_ours():
-    assert train("ours", engine=Engine) == 0
-    assert train("owns") == 0
+    constant = {"schedule": "constant"}
+    assert train("ours", engine=Engine, **constant) == 0
+    assert train("owns", **constant) == 0
     assert bits("owns") == bits("ours")
-    assert train("again", max_steps=7) == 0
-    resumed = {"resume": "runs/again", "allow_change": "max_steps"}
-    assert train("on", **resumed) == 0
-    assert bits("on")[0] == bits("ours")[0]
+    assert train("begun", max_steps=7, **constant) == 0
+    resumed = {"resume": "runs/begun", "allow_change": "max_steps"}
+    assert train("resumed", **constant, **resumed) == 0
+    assert bits("resumed")[0] == bits("ours")[0]
 
 
 def test_a_veto_before_the_step_means_no_step():

@@ -295,7 +295,7 @@ def score_hellaswag(
     }
 
 
-def read_text(path, flag: str) -> str:
+def read_utf8(path, flag: str) -> str:
     """A UTF-8 text file. Raises ValueError naming the flag that asked for it."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
@@ -319,7 +319,7 @@ def ids_to_score(data: str, tokenizer) -> list:
     if path.is_dir() and any(path.glob("*.bin")):
         return _validation_tokens(path, tokenizer)
     files = [path] if path.is_file() else sorted(path.rglob("*.txt"))
-    documents = [read_text(file, "--eval") for file in files]
+    documents = [read_utf8(file, "--eval") for file in files]
     if not any(documents):
         raise ValueError(
             f"--eval: {path} holds no text; give token shards, a text file, "
