@@ -82,7 +82,7 @@ def test_a_build_and_its_notes_are_durable_before_they_are_renamed(
     source, tmp_path, monkeypatch, disk
 ):
     monkeypatch.setattr(corpus, "CHUNK_DOCUMENTS", 8)
-    monkeypatch.setattr(shards, "NOTE_EVERY", 5000)
+    monkeypatch.setattr(shards, "SAVE_EVERY", 5000)
     monkeypatch.setattr(shards, "SHARD_TOKENS", 8000)
     folder = prepare(source, tmp_path, dataset_subset="one")
     names = {f"train_00000{i}.bin" for i in range(4)} | {"val_000000.bin"}
@@ -131,4 +131,27 @@ def test_a_build_does_not_resume_from_a_shard_that_is_too_short(source, tmp_path
     folder = prepare(source, tmp_path, dataset_subset="one")
     assert len(chunks) == 200 / 8, "it resumed from a damaged shard"
     index = shards.verify(folder)
+    assert shards.content_hash(index) == shards.content_hash(shards.read_index(straight))
+
+
+def test_a_build_stopped_between_train_and_val_of_a_chunk_repeats_nothing(
+    source, tmp_path, monkeypatch
+):
+    straight = prepare(source, tmp_path, dataset_subset="one", cache_dir=str(tmp_path / "straight"))
+    monkeypatch.setattr(corpus, "CHUNK_DOCUMENTS", 8)
+    write, calls = shards._Writer.write, []
+
+    def stops_before_val(self, *counted):
+        calls.append(self.split)
+        if calls.count("val") == 9 and self.split == "val":
+            raise KeyboardInterrupt
+        write(self, *counted)
+
+    monkeypatch.setattr(shards._Writer, "write", stops_before_val)
+    monkeypatch.setattr(shards, "SAVE_EVERY", 5000)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, tmp_path, dataset_subset="one")
+    monkeypatch.setattr(shards._Writer, "write", write)
+    folder = prepare(source, tmp_path, dataset_subset="one")
+    index = shards.read_index(folder)
     assert shards.content_hash(index) == shards.content_hash(shards.read_index(straight))
