@@ -1,7 +1,7 @@
-"""A dataclass as a command line: other names of a setting, and what is refused in one line."""
+"""A dataclass as a command line: flags, other names of a setting, one line per problem."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+import dataclasses
+from typing import ClassVar, Literal
 
 import pytest
 
@@ -9,11 +9,31 @@ from parts.cli.config import from_yaml, parse
 from pretraining_advanced import RunConfig, TrainConfig
 
 
-@dataclass
+@dataclasses.dataclass
+class Config:
+    """A test."""
+
+    max_steps: int | None = None  # steps
+    lr: float = 0.001  # rate
+    fast: bool = False  # yes or no
+    book_ids: tuple[int, ...] = ()  # numbers
+    name: str = "x"  # text
+
+
+@dataclasses.dataclass
+class Other:
+    """Another test."""
+
+    OTHER_NAMES: ClassVar[dict[str, str]] = {"lr": "depth"}
+
+    depth: int = 1  # layers
+
+
+@dataclasses.dataclass
 class Base:
     """Settings."""
 
-    OTHER_NAMES: ClassVar[dict] = {"learning_rate": "max_lr", "half": "compile"}
+    OTHER_NAMES: ClassVar[dict[str, str]] = {"learning_rate": "max_lr", "half": "compile"}
 
     config: str | None = None  # YAML file
     max_lr: float = 1e-3  # learning rate
@@ -21,22 +41,90 @@ class Base:
     compile: bool = False  # compile
 
 
-@dataclass
+@dataclasses.dataclass
 class Recipe(Base):
     """More settings."""
 
-    OTHER_NAMES: ClassVar[dict] = {**Base.OTHER_NAMES, "max_length": "context_length"}
+    OTHER_NAMES: ClassVar[dict[str, str]] = {
+        **Base.OTHER_NAMES,
+        "max_length": "context_length",
+        "scheduler": "schedule",
+    }
 
     context_length: int = 128  # tokens
+    schedule: Literal["cosine", "linear"] = "cosine"  # shape
 
 
-def refused(capsys, argv, config_class=Recipe) -> str:
+def refused(capsys, argv, config_class=Recipe) -> list[str]:
+    """The errors of a line that must be refused with exit code 2."""
     with pytest.raises(SystemExit) as end:
         parse(config_class, argv)
     assert end.value.code == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
+    assert lines and all(line.startswith("error: ") for line in lines)
+    return [line.removeprefix("error: ") for line in lines]
+
+
+@pytest.fixture
+def yaml_refused(capsys, tmp_path):
+    """Function: the errors, without the file's name, of a YAML file that must be refused."""
+
+    def errors(text: str, config_class=Recipe) -> list[str]:
+        path = tmp_path / "a.yaml"
+        path.write_text(text, encoding="utf-8")
+        lines = refused(capsys, ["--config", str(path)], config_class)
+        return [line.removeprefix(f"{path}: ") for line in lines]
+
+    return errors
+
+
+# ------------------------------------------------------------------------------------- flags
+
+
+def test_flags_take_both_spellings_and_booleans_both_ways():
+    assert parse(Config, []) == Config()
+    fast = Config(max_steps=3, lr=1e-4, fast=True)
+    assert parse(Config, ["--max-steps", "3", "--lr=1e-4", "--fast"]) == fast
+    argv = ["--max_steps", "None", "--no-fast", "--book_ids", "1", "2"]
+    assert parse(Config, argv) == Config(book_ids=(1, 2))
+    assert parse({"one": Config, "two": Other}, ["two", "--depth", "4"]) == Other(4)
+
+
+@pytest.mark.parametrize(
+    ("argv", "lines"),
+    [
+        (["--max_step", "3"], ["--max_step: no such flag; did you mean --max_steps? (see --help)"]),
+        (["--max_steps", "3.5"], ["--max_steps: '3.5' is not a whole number"]),
+        (
+            ["--max_steps", "a", "--lr", "b"],
+            ["--max_steps: 'a' is not a whole number", "--lr: 'b' is not a number"],
+        ),
+        (["--lr"], ["--lr: needs a number after it"]),
+        (["--lr", "--fast"], ["--lr: needs a number after it"]),
+        (["--zzz", "--lr=x"], ["--zzz: no such flag (see --help)", "--lr: 'x' is not a number"]),
+        (["--no_lr"], ["--no_lr: no such flag; did you mean --lr? (see --help)"]),
+        (["--fast", "False"], ["Unrecognized options: False (see --help)"]),
+        (["--book_ids", "x"], None),
+        (["word"], None),
+    ],
+)
+def test_each_problem_is_one_line_and_the_exit_code_is_two(argv, lines, capsys):
+    errors = refused(capsys, argv, Config)
+    assert errors == lines or (lines is None and len(errors) == 1)
+
+
+def test_many_problems_are_counted(capsys):
+    errors = refused(capsys, ["--aa", "--bb", "--cc", "--dd", "--ee"], Config)
+    assert len(errors) == 4 and errors[-1] == "and 2 more of this kind"
+
+
+def test_commands_are_suggested(capsys):
+    commands = {"one": Config, "two": Other}
+    for argv, words in ((["tow"], "did you mean two?"), ([], "one, two")):
+        assert words in " ".join(refused(capsys, argv, commands))
+
+
+# ------------------------------------------------------------------ other names of a setting
 
 
 @pytest.mark.parametrize(
@@ -52,16 +140,27 @@ def test_another_name_of_a_setting_is_understood_on_the_line(argv):
     assert (config.max_lr, config.context_length) == (5e-4, 64)
 
 
-def test_another_name_of_a_switch_can_be_negated():
-    assert parse(Recipe, ["--half"]).compile and not parse(Recipe, ["--no-half"]).compile
+def test_another_name_of_a_switch_can_be_negated(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("half: true\n", encoding="utf-8")
+    assert parse(Recipe, ["--half"]).compile
+    for flag in ("--no-half", "--no_half"):
+        assert not parse(Recipe, ["--config", str(path), flag]).compile
 
 
 def test_another_name_is_understood_in_a_file_and_overridden_by_the_line(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("learning_rate: 5e-4\nmax_length: 64\nhalf: true\n", encoding="utf-8")
-    config = parse(Recipe, ["--config", str(path), "--learning_rate", "1e-4"])
-    assert (config.max_lr, config.context_length, config.compile) == (1e-4, 64, True)
+    for flag in ("--learning_rate", "--max_lr"):
+        config = parse(Recipe, ["--config", str(path), flag, "1e-4"])
+        assert (config.max_lr, config.context_length, config.compile) == (1e-4, 64, True)
     assert from_yaml(Recipe, str(path)).max_lr == 5e-4
+
+
+def test_another_name_belongs_to_its_command():
+    commands = {"one": Config, "two": Other}
+    assert parse(commands, ["one", "--lr", "2"]) == Config(lr=2.0)
+    assert parse(commands, ["two", "--lr", "2"]) == Other(depth=2)
 
 
 def test_help_lists_the_settings_own_names_only(capsys):
@@ -71,32 +170,70 @@ def test_help_lists_the_settings_own_names_only(capsys):
     assert "--max_lr" in text and "learning_rate" not in text and "OTHER_NAMES" not in text
 
 
-def test_one_setting_under_two_names_is_refused(capsys, tmp_path):
-    line = refused(capsys, ["--learning_rate", "1", "--max_lr", "2"])
-    assert "--learning_rate, --max_lr: are the same setting" in line
-    path = tmp_path / "a.yaml"
-    path.write_text("learning_rate: 5e-4\nmax_lr: 1e-3\n", encoding="utf-8")
-    assert "max_lr is set twice, under two names" in refused(capsys, ["--config", str(path)])
+@pytest.mark.parametrize(
+    ("argv", "flags"),
+    [
+        (["--learning_rate", "1", "--max_lr", "2"], "--learning_rate, --max_lr"),
+        (["--max-lr=1", "--learning-rate=1"], "--max-lr, --learning-rate"),
+        (["--half", "--no-compile"], "--half, --no-compile"),
+    ],
+)
+def test_one_setting_under_two_names_is_refused_on_the_line(argv, flags, capsys):
+    assert refused(capsys, argv) == [f"{flags}: are the same setting; give one of them"]
 
 
-def test_a_wrong_name_or_value_names_what_was_typed_and_the_nearest(capsys, tmp_path):
-    assert "did you mean --learning_rate?" in refused(capsys, ["--learning_rat", "1"])
-    assert "did you mean --context_length?" in refused(capsys, ["--context_len", "1"])
-    line = refused(capsys, ["--max_length", "many"])
-    assert "--max_length: 'many' is not a whole number" in line
-    path = tmp_path / "a.yaml"
-    path.write_text("learning_rat: 1\n", encoding="utf-8")
-    line = refused(capsys, ["--config", str(path)])
-    assert "did you mean learning_rate?" in line
-    path.write_text("learning_rate: [1]\n", encoding="utf-8")
-    assert "learning_rate: list is not of type float" in refused(capsys, ["--config", str(path)])
+def test_one_setting_under_two_names_is_refused_in_a_file(yaml_refused):
+    line = "learning_rate, max_lr: are the same setting; give one of them"
+    assert yaml_refused("learning_rate: 5e-4\nmax_lr: 1e-3\n") == [line]
 
 
-def test_class_variables_are_no_settings(capsys, tmp_path):
-    path = tmp_path / "a.yaml"
-    path.write_text("OTHER_NAMES: {}\n", encoding="utf-8")
-    assert "no such setting" in refused(capsys, ["--config", str(path)])
-    assert "no such flag" in refused(capsys, ["--MAY_CHANGE", "x"], TrainConfig)
+def test_a_switch_given_twice_under_one_name_is_the_last_one():
+    for name in ("half", "compile"):
+        assert parse(Recipe, [f"--no-{name}", f"--{name}"]).compile
+        assert not parse(Recipe, [f"--{name}", f"--no-{name}"]).compile
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--learning_rat", "1"], "--learning_rat: no such flag; did you mean --learning_rate?"),
+        (["--context_len", "1"], "--context_len: no such flag; did you mean --context_length?"),
+        (["--no-learning-rate"], "--no-learning-rate: no such flag; did you mean --learning_rate?"),
+        (["--max_length", "many"], "--max_length: 'many' is not a whole number"),
+        (["--max-length=many"], "--max-length: 'many' is not a whole number"),
+        (["--learning_rate"], "--learning_rate: needs a number after it"),
+        (["--scheduler", "wsd"], "--scheduler: 'wsd' is not one of 'cosine', 'linear'"),
+        (["--scheduler"], "Missing value for argument '--scheduler'"),
+    ],
+)
+def test_a_wrong_line_names_the_flag_that_was_typed(argv, line, capsys):
+    (error,) = refused(capsys, argv)
+    assert error.startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("learning_rat: 1\n", "'learning_rat': no such setting; did you mean learning_rate?"),
+        ("learning_rate: [1]\n", "learning_rate: list is not of type float"),
+        ("max_length: 1.5\n", "max_length: 1.5 is not of type int"),
+        ("scheduler: wsd\n", "scheduler: 'wsd' is not one of 'cosine', 'linear'"),
+        ("OTHER_NAMES: {}\n", "'OTHER_NAMES': no such setting"),
+        ("config: b.yaml\n", "'config': no such setting"),
+    ],
+)
+def test_a_wrong_file_names_the_setting_that_was_typed(text, line, yaml_refused):
+    (error,) = yaml_refused(text)
+    assert error.startswith(line)
+
+
+def test_all_problems_of_a_file_are_reported_at_once(yaml_refused):
+    assert len(yaml_refused("max_lr: fast\nbatch_size: many\ncontext_len: 1\n")) == 3
+
+
+def test_class_variables_are_no_settings(capsys):
+    (error,) = refused(capsys, ["--MAY_CHANGE", "x"], TrainConfig)
+    assert "no such flag" in error
 
 
 def test_every_name_of_a_class_variable_is_a_setting():
@@ -104,3 +241,15 @@ def test_every_name_of_a_class_variable_is_a_setting():
         config = config_class()
         names = {*config.MAY_CHANGE, *config.IN_DATA, *config.OTHER_NAMES.values()}
         assert names <= set(vars(config)), names - set(vars(config))
+
+
+@pytest.mark.parametrize("other_names", [{"rate": "no_field"}, {"name": "lr"}])
+def test_another_name_that_cannot_be_one_is_a_bug(other_names):
+    @dataclasses.dataclass
+    class Wrong(Config):
+        """A test."""
+
+        OTHER_NAMES: ClassVar[dict[str, str]] = other_names
+
+    with pytest.raises(AssertionError, match="other name"):
+        parse(Wrong, [])

@@ -1,6 +1,5 @@
 """Command lines and endings: flags, one line per problem, exit codes."""
 
-import dataclasses
 import os
 import signal
 import subprocess
@@ -9,70 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from parts.cli.config import parse
 from parts.cli.launch import StopRequest, error_line
-
-
-@dataclasses.dataclass
-class Config:
-    """A test."""
-
-    max_steps: int | None = None  # steps
-    lr: float = 0.001  # rate
-    fast: bool = False  # yes or no
-    book_ids: tuple[int, ...] = ()  # numbers
-    name: str = "x"  # text
-
-
-@dataclasses.dataclass
-class Other:
-    """Another test."""
-
-    depth: int = 1  # layers
-
-
-def test_flags_take_both_spellings_and_booleans_both_ways():
-    assert parse(Config, []) == Config()
-    assert parse(Config, ["--max-steps", "3", "--lr=1e-4", "--fast"]) == Config(
-        max_steps=3, lr=1e-4, fast=True
-    )
-    assert parse(Config, ["--max_steps", "None", "--no-fast", "--book_ids", "1", "2"]) == Config(
-        book_ids=(1, 2)
-    )
-    assert parse({"one": Config, "two": Other}, ["two", "--depth", "4"]) == Other(4)
-
-
-@pytest.mark.parametrize(
-    ("argv", "lines"),
-    [
-        (["--max_step", "3"], ["--max_step: no such flag; did you mean --max_steps? (see --help)"]),
-        (["--max_steps", "3.5"], ["--max_steps: '3.5' is not a whole number"]),
-        (
-            ["--max_steps", "a", "--lr", "b"],
-            ["--max_steps: 'a' is not a whole number", "--lr: 'b' is not a number"],
-        ),
-        (["--lr"], ["--lr: needs a number after it"]),
-        (["--zzz", "--lr=x"], ["--zzz: no such flag (see --help)", "--lr: 'x' is not a number"]),
-        (["--fast", "False"], ["Unrecognized options: False (see --help)"]),
-        (["--book_ids", "x"], None),
-        (["word"], None),
-    ],
-)
-def test_each_problem_is_one_line_and_the_exit_code_is_two(argv, lines, capsys):
-    with pytest.raises(SystemExit) as e:
-        parse(Config, argv)
-    err = capsys.readouterr().err.splitlines()
-    assert e.value.code == 2 and all(line.startswith("error: ") for line in err)
-    assert (
-        lines is None and len(err) == 1 or [line.removeprefix("error: ") for line in err] == lines
-    )
-
-
-def test_commands_are_suggested(capsys):
-    for argv, words in ((["tow"], "did you mean two?"), ([], "one, two")):
-        with pytest.raises(SystemExit) as e:
-            parse({"one": Config, "two": Other}, argv)
-        assert e.value.code == 2 and words in capsys.readouterr().err
 
 
 def test_an_os_error_is_told_as_file_and_what():

@@ -1,12 +1,13 @@
 """
-From a dataclass to a command line: `--field value` for each field, its comment as help text.
+Turn a dataclass into a command line: `--field value` for each field, with its comment as help.
 
-Defaults <- one YAML file <- command line. PyYAML reads `5e-4` as text and `no` as False, so a value
-in the file is converted by the type of its field. A wrong line or file prints one `error:` per
-problem.
+Values come from the defaults, then from one YAML file, then from the command line. PyYAML reads
+`5e-4` as text and `no` as False, so a value of the file is converted to the type of its field.
+Every problem is reported in one line.
 
-A class may have a class variable OTHER_NAMES, {"learning_rate": "max_lr"}: other names of its
-fields, understood on the command line and in the file. --help lists the fields' own names.
+A setting may have other names, given by a class variable; --help shows only the field's own:
+
+    OTHER_NAMES: ClassVar[dict[str, str]] = {"learning_rate": "max_lr"}
 """
 
 from __future__ import annotations
@@ -25,54 +26,62 @@ from typing import Annotated, NoReturn, Union
 import tyro
 
 MAX_YAML_CHARS = 1 << 20
+MAX_PROBLEMS = 4  # more are counted, not printed
+NUMBERS = {int: "a whole number", float: "a number"}
+
+
+# --- the command line
 
 
 def parse(config_class, argv=None, notes: str = ""):
     """
-    The dataclass filled from the command line (`argv`, default sys.argv[1:]).
+    Return the dataclass filled from the command line `argv` (default: sys.argv[1:]).
 
-    Flags are the field names, `_` and `-` both accepted, booleans as --flag/--no-flag. A field
-    named `config` takes a YAML file whose values the command line overrides. A dict {name:
-    dataclass} makes commands: `script.py name --flag ...`. `notes` follow its docstring in --help.
-    Prints an error and exits with 2 if the line or the file is wrong.
+    Flags are the field names and those in OTHER_NAMES, `_` and `-` both accepted, booleans as
+    --flag/--no-flag. A field named `config` takes a YAML file, which the command line overrides.
+    A dict {name: dataclass} makes commands: `script.py name --flag ...`. `notes` are printed below
+    the docstring of the class in --help.
+    A wrong line or file prints one `error:` per problem and exits with 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    tyro_type = config_class
+    classes = [config_class]
     if isinstance(config_class, dict):
-        tyro_type, classes = _commands(config_class, argv), list(config_class.values())
-    else:
-        tyro_type, classes = config_class, [config_class]
-    typed = argv
-    argv = _own_flags(argv, _other_names(classes))
-    default = {}
-    if "config" in _types(classes[:1]) and (path := _value_of("--config", argv)) is not None:
-        default = {"default": from_yaml(config_class, path)}
-    description = f"{config_class.__doc__}{notes}" if notes else None
+        tyro_type, classes = _commands(config_class, argv)
+    own_argv, typed = _with_own_names(argv, classes)
+    options = {"description": f"{config_class.__doc__}{notes}" if notes else None}
+    if "config" in getattr(config_class, "__dataclass_fields__", {}):
+        path = _value_of("--config", own_argv)
+        if path is not None:
+            options["default"] = from_yaml(config_class, path)
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(
-                tyro_type, args=argv, use_underscores=True, description=description, **default
-            )
+            return tyro.cli(tyro_type, args=own_argv, use_underscores=True, **options)
     except SystemExit as e:
         if e.code:
-            _refuse(_problems(printed.getvalue(), typed, classes))
+            _refuse(_problems(printed.getvalue(), argv, typed, classes))
         raise
 
 
-def _commands(commands: dict, argv: list):
-    """tyro's type of {name: dataclass}, after a look at the command that was given."""
-    if argv and argv[0] not in commands and not argv[0].startswith("-"):
-        nearest = _nearest(argv[0], list(commands))
-        _refuse([f"{argv[0]!r}: no such command{nearest}; there are {', '.join(commands)}"])
-    assert len(commands) > 1, "tyro takes a Union of one member for that member, without its name"
+def _commands(config_classes: dict, argv) -> tuple[object, list]:
+    """(type for tyro, classes whose flags the line may have) of the commands {name: dataclass}."""
+    assert len(config_classes) > 1, "tyro gives a Union of one member no command name"
+    names = list(config_classes)
+    word = argv[0] if argv else ""
+    if word and word not in names and not word.startswith("-"):
+        nearest = _nearest(word, names)
+        _refuse([f"{word!r}: no such command{nearest}; the commands are {', '.join(names)}"])
     members = [
-        Annotated[c, tyro.conf.subcommand(name, prefix_name=False)] for name, c in commands.items()
+        Annotated[c, tyro.conf.subcommand(name, prefix_name=False)]
+        for name, c in config_classes.items()
     ]
-    return Union[tuple(members)]  # noqa: UP007
+    classes = [config_classes[word]] if word in names else list(config_classes.values())
+    return Union[tuple(members)], classes  # noqa: UP007
 
 
 def _types(classes) -> dict:
-    """{field: type} of all these dataclasses."""
+    """{field: its type} of dataclasses. Class variables are no fields."""
     types = {}
     for c in classes:
         hints = typing.get_type_hints(c)
@@ -81,40 +90,55 @@ def _types(classes) -> dict:
 
 
 def _other_names(classes) -> dict[str, str]:
-    """{other name: field} of all these dataclasses."""
-    return {k: v for c in classes for k, v in getattr(c, "OTHER_NAMES", {}).items()}
+    """{other name: field} of dataclasses."""
+    others = {}
+    for c in classes:
+        of_class = getattr(c, "OTHER_NAMES", {})
+        fields = {field.name for field in dataclasses.fields(c)}
+        assert fields.issuperset(of_class.values()), f"{c.__name__}: other name of no field"
+        assert fields.isdisjoint(of_class), f"{c.__name__}: other name is a field already"
+        others |= of_class
+    return others
 
 
-def _name_of(word: str) -> str:
-    """The setting that a word such as --max-lr=1e-3 names: max_lr."""
-    return word.partition("=")[0].removeprefix("--").replace("-", "_")
+def _split_flag(word: str) -> tuple[str, str, str]:
+    """(flag as typed, name with underscores, value after `=`); no name if it is not a flag."""
+    flag, _, value = word.partition("=")
+    name = flag[2:].replace("-", "_") if flag.startswith("--") else ""
+    return flag, name, value
 
 
-def _own_flags(argv: list, other_names: dict) -> list:
+def _with_own_names(argv, classes) -> tuple[list[str], dict[str, str]]:
     """
-    The words with each flag under its field's own name.
+    (argv with the fields' own names, {field: flag as typed} of those that had another name).
 
-    Exits with 2 if a setting is given under two of its names.
+    Refuses a setting that is given under two names.
     """
-    out, seen, problems = [], {}, []
+    types = _types(classes)
+    others = _other_names(classes)
+    own_argv = []
+    given = {}  # field -> (its name on the line, the flag as typed)
+    problems = []
     for word in argv:
-        name = _name_of(word)
-        no = "no_" if name.startswith("no_") and name[3:] in other_names else ""
-        field = other_names.get(name[len(no) :])
-        if word.startswith("--") and field:
-            _, equals, value = word.partition("=")
-            out.append(f"--{no}{field}{equals}{value}")
-        else:
-            out.append(word)
-        if word.startswith("--"):
-            field = field or name
-            flag = word.partition("=")[0]
-            earlier = seen.setdefault(field, flag)
-            if _name_of(earlier) != _name_of(flag) and field in other_names.values():
-                problems.append(f"{earlier}, {flag}: are the same setting; give one of them")
+        flag, name, _ = _split_flag(word)
+        no = ""
+        if name not in {**types, **others} and name.startswith("no_"):
+            no = "no_"
+            name = name.removeprefix(no)
+        own = others.get(name, name)
+        if no and types.get(own) is not bool:
+            own = None  # an unknown flag
+        if own in types:
+            first_name, first_flag = given.setdefault(own, (name, flag))
+            if first_name != name:
+                problems.append(f"{first_flag}, {flag}: are the same setting; give one of them")
+            if name != own:
+                word = f"--{no}{own}{word.removeprefix(flag)}"
+        own_argv.append(word)
     if problems:
         _refuse(problems)
-    return out
+    typed = {own: flag for own, (name, flag) in given.items() if name != own}
+    return own_argv, typed
 
 
 def _value_of(flag: str, argv) -> str | None:
@@ -125,30 +149,40 @@ def _value_of(flag: str, argv) -> str | None:
     return values[0] if values else None
 
 
+# --- the YAML file
+
+
 def from_yaml(config_class, path: str):
-    """The dataclass filled from a YAML file of `field: value` lines; exits with 2 on a problem."""
-    values = _read_yaml(path)
-    types, other_names = _types([config_class]), _other_names([config_class])
-    known = sorted({*types, *other_names})
-    done, problems = {}, []
-    for key, value in values.items():
-        name = other_names.get(key, key)
-        if name not in types or name == "config":
-            nearest = _nearest(str(key), known)
-            problems.append(f"{path}: {str(key)[:50]!r}: no such setting{nearest}")
-            continue
-        if name in done:
-            problems.append(f"{path}: {key}: {name} is set twice, under two names")
-        try:
-            done[name] = _converted(value, types[name])
-        except (TypeError, ValueError, OverflowError):
-            problems.append(f"{path}: {key}: {_shown(value)} is not of type {_kind(types[name])}")
+    """
+    Return the dataclass filled from a YAML file of `field: value` lines.
+
+    Names in OTHER_NAMES are accepted. Prints every problem and exits with 2 if there is one.
+    """
+    types = _types([config_class])
+    others = _other_names([config_class])
+    names = {}  # field -> its name in the file
+    values = {}
+    problems = []
+    for name, value in _read_yaml(path).items():
+        own = others.get(name, name)
+        if own not in types or own == "config":
+            nearest = _nearest(str(name), sorted({*types, *others}))
+            problems.append(f"{path}: {str(name)[:50]!r}: no such setting{nearest}")
+        elif own in names:
+            problems.append(f"{path}: {names[own]}, {name}: are the same setting; give one of them")
+        else:
+            names[own] = name
+            try:
+                values[own] = _converted(value, types[own])
+            except (TypeError, ValueError, OverflowError):
+                problems.append(f"{path}: {name}: {_shown(value)} is not {_words(types[own])}")
     if problems:
         _refuse(problems)
-    return dataclasses.replace(config_class(), config=path, **done)
+    return dataclasses.replace(config_class(), config=path, **values)
 
 
 def _read_yaml(path: str) -> dict:
+    """The mapping in a YAML file; {} if the file is empty."""
     import yaml  # here: only a run with --config needs it
 
     example = "write lines such as max_lr: 5e-4"
@@ -170,19 +204,8 @@ def _read_yaml(path: str) -> dict:
     return values
 
 
-def _shown(value) -> str:
-    if isinstance(value, str | int | float | bool | None):
-        return repr(value)[:50]
-    return type(value).__name__
-
-
-def _kind(kind) -> str:
-    name = getattr(kind, "__name__", str(kind))
-    return name.replace("NoneType", "nothing").replace("typing.", "")
-
-
 def _converted(value, kind):
-    """A YAML value as the field's type; raises ValueError or TypeError if it is not of that type."""
+    """A YAML value as the field's type. Raises ValueError or TypeError if it does not fit."""
     choices = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
         if value not in choices:
@@ -205,64 +228,88 @@ def _converted(value, kind):
     return kind(value)
 
 
+def _shown(value) -> str:
+    if isinstance(value, str | int | float | bool | None):
+        return repr(value)[:50]
+    return type(value).__name__
+
+
+def _words(kind) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of {', '.join(map(repr, typing.get_args(kind)))}"
+    name = getattr(kind, "__name__", str(kind)) if isinstance(kind, type) else str(kind)
+    return f"of type {name.replace('typing.', '')}"
+
+
+# --- what is wrong
+
+
 def _refuse(problems) -> NoReturn:
+    """Print the problems, one per line, and exit with 2."""
     if os.environ.get("RANK", "0") == "0":  # torchrun starts the same command many times
-        rest = [f"and {len(problems) - 3} more of this kind"] if len(problems) > 4 else []
-        for problem in [*problems[: 3 if rest else 4], *rest]:
-            print(f"error: {problem}", file=sys.stderr)
+        lines = list(problems)
+        if len(lines) > MAX_PROBLEMS:
+            n_more = len(lines) - MAX_PROBLEMS + 1
+            lines = [*lines[: MAX_PROBLEMS - 1], f"and {n_more} more of this kind"]
+        for line in lines:
+            print(f"error: {line}", file=sys.stderr)
     sys.exit(2)
 
 
 def _nearest(word: str, known) -> str:
-    word = re.sub(r"(?<=\w)-", "_", word.lower())
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(re.sub(r"(?<=\w)-", "_", word.lower()), known, n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _problems(text: str, argv, classes) -> list[str]:
-    """
-    What is wrong with the line: every unknown flag and every wrong number.
-
-    text: what tyro printed; its own words, on one line, if nothing else is found.
-    """
-    types, other_names = _types(classes), _other_names(classes)
-    types |= {other: types[name] for other, name in other_names.items() if name in types}
-    known = {*types, *(f"no_{name}" for name in types), "help"}
-    flags = [f"--{name}" for name in sorted(known)]
+def _problems(tyro_output: str, argv, typed: dict[str, str], classes) -> list[str]:
+    """Every unknown flag and every wrong number on the line, else tyro's own words in one line."""
+    types = _types(classes)
+    types |= {other: types[own] for other, own in _other_names(classes).items()}
+    booleans = {f"no_{name}" for name, kind in types.items() if kind is bool}
+    known = sorted({*types, *booleans, "help"})
     problems = []
     for i, word in enumerate(argv):
-        flag, _, value = word.partition("=")
-        name = _name_of(word)
-        if not flag.startswith("--"):
+        flag, name, value = _split_flag(word)
+        if not name:
             continue
         if name not in known:
-            problems.append(f"{flag}: no such flag{_nearest(flag, flags)} (see --help)")
+            nearest = _nearest(flag, [f"--{k}" for k in known])
+            problems.append(f"{flag}: no such flag{nearest} (see --help)")
             continue
-        for kind, words in ((int, "a whole number"), (float, "a number")):
-            if types.get(name) not in (kind, kind | None):
-                continue
-            value = value or (argv[i + 1] if i + 1 < len(argv) else "")
-            with contextlib.suppress(ValueError):
-                kind(value)
-                break
+        if not value and i + 1 < len(argv) and not argv[i + 1].startswith("--"):
+            value = argv[i + 1]
+        problems += _wrong_number(flag, value, types.get(name))
+    return problems or [_tyro_words(tyro_output, typed)]
+
+
+def _wrong_number(flag: str, value: str, kind) -> list[str]:
+    """What is wrong with the value of a flag whose type is a number, or a number or None."""
+    for number, words in NUMBERS.items():
+        if kind in (number, number | None):
             if not value:
-                problems.append(f"--{name}: needs {words} after it")
-            elif value != "None":
-                problems.append(f"--{name}: {value!r} is not {words}")
-    return problems or [_words_of_tyro(text)]
+                return [f"{flag}: needs {words} after it"]
+            try:
+                number(value)
+            except ValueError:
+                return [f"{flag}: {value!r} is not {words}"] if value != "None" else []
+    return []
 
 
-def _words_of_tyro(text: str) -> str:
-    """The message of tyro's error box, on one line."""
-    # A box has a title, rulers, and the words in between. A terminal without box characters gets
-    # dashes in their place.
+def _tyro_words(text: str, typed: dict[str, str]) -> str:
+    """
+    The message inside tyro's box, in one line, with the flags as they were typed.
+
+    A box has a title, rules of dashes, and the message between two rules. Dashes take the place of
+    box characters if the terminal has none.
+    """
     lines = [line for line in text.splitlines() if not line.startswith(("╭", "╰"))]
-    body = " ".join(line.strip("│╭╮╰╯ ") for line in lines)
-    sections = [part.strip() for part in re.split(r"[─-]{5,}|For full helptext", body)]
-    sections = [part for part in sections if part]
-    body = "not understood"
-    if sections:
-        body = " ".join(sections["╭" not in text :][0].split()).removeprefix("Error parsing ")
+    message = " ".join(line.strip("│╭╮╰╯ ") for line in lines)
+    sections = re.split(r"[─-]{5,}|For full helptext", message)
+    sections = [" ".join(section.split()) for section in sections if section.strip()]
+    sections = sections["╭" not in text :]
+    body = sections[0].removeprefix("Error parsing ") if sections else "not understood"
+    for own, flag in typed.items():
+        body = re.sub(rf"--{own}\b", flag, body)
     if m := re.search(r"invalid choice (.*?) for argument '(--[\w-]+)'.*?\((.*)\)", body):
         return f"{m[2]}: {m[1]} is not one of {m[3]}"
     return f"{body} (see --help)"
