@@ -1,4 +1,4 @@
-"""Learning rates are their closed form, decay is on matrices only, GaLore is really small, Muon takes q, k and v apart."""
+"""Learning rates in closed form, decay on matrices only, GaLore's memory, Muon's matrices."""
 
 import copy
 import math
@@ -36,9 +36,8 @@ def test_the_learning_rate_is_the_closed_form(schedule, middle, last):
     if schedule == "cosine":
         assert lr(35) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
     if schedule == "wsd":
-        assert lr(87) == 1.0 and lr(99) == pytest.approx(
-            1 - 0.9 / 2, abs=0.03
-        )  # falls over the last fifth
+        assert lr(87) == 1.0
+        assert lr(99) == pytest.approx(1 - 0.9 / 2, abs=0.03)  # falls over the last fifth
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
@@ -49,8 +48,22 @@ def test_a_warmup_as_long_as_the_run_does_not_divide_by_zero(schedule, warmup, s
 
 
 def small(n_embd=32):
+    """A GPT of two blocks, always the same."""
     torch.manual_seed(0)
     return GPT(GPTConfig(vocab_size=50, block_size=16, n_layer=2, n_head=2, n_embd=n_embd))
+
+
+def frozen():
+    """The same, with all but the second block frozen, as adapters would leave it."""
+    model = small()
+    model.requires_grad_(False)
+    model.h[1].requires_grad_(True)
+    return model
+
+
+def same_weights(model, twin) -> bool:
+    pairs = zip(model.parameters(), twin.parameters(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def one_step(model, optimizer, seed):
@@ -75,9 +88,7 @@ def test_adamw_is_torch_s_with_decay_on_matrices_only():
         twin(ids, ids).backward()
         theirs.step()
         theirs.zero_grad()
-    assert all(
-        torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True)
-    )
+    assert same_weights(model, twin)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -101,22 +112,28 @@ def test_gradients_are_divided_in_the_update_as_before_it(kind):
 
 
 def test_one_process_starts_without_the_compiler():
-    program = "import sys, torch; from parts.training.optim import AdamW; p = torch.nn.Parameter(torch.ones(2)); p.grad = p.data; "
-    program += "AdamW([{'params': [p], 'weight_decay': 0.0}], fused=True).step(2.0); assert 'torch._dynamo' not in sys.modules"
+    program = """
+import sys
+import torch
+from parts.training.optim import AdamW
+p = torch.nn.Parameter(torch.ones(2))
+p.grad = p.data
+AdamW([{"params": [p], "weight_decay": 0.0}], fused=True).step(2.0)
+assert "torch._dynamo" not in sys.modules
+"""
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_state_goes_to_plain_tensors_and_back_to_the_same_bits(kind):
+def test_loaded_state_continues_bit_identically(kind):
     options = {"galore_rank": 4, "galore_update_gap": 3}
     model = small()
     optimizer = Optimizer(model, (Block,), kind, 0.1, CPU, **options)
     for step in range(4):
         one_step(model, optimizer, step)
     tensors, numbers = copy.deepcopy(optimizer.state_dict())
-    assert all(torch.is_tensor(t) for t in tensors.values()) and all(
-        isinstance(n, int | float) for n in numbers.values()
-    )
+    assert all(torch.is_tensor(t) for t in tensors.values())
+    assert all(isinstance(n, int | float) for n in numbers.values())
     twin = small()
     twin.load_state_dict(model.state_dict())
     other = Optimizer(twin, (Block,), kind, 0.1, CPU, **options)
@@ -124,16 +141,60 @@ def test_state_goes_to_plain_tensors_and_back_to_the_same_bits(kind):
     for step in range(4, 8):
         one_step(model, optimizer, step)
         one_step(twin, other, step)
-    assert all(
-        torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True)
-    )
-    with pytest.raises(ValueError, match=r"h\.9"):
-        other.load_state_dict({"h.9.weight|exp_avg": torch.zeros(1)})
+    assert same_weights(model, twin)
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "message"),
+    [
+        ("adamw", "h.9.weight|exp_avg", torch.zeros(1), "no such trainable parameter"),
+        (
+            "adamw",
+            "wte.weight|exp_avg",
+            torch.zeros(50, 31),
+            r"has shape \[50, 31\], .* \[50, 32\]",
+        ),
+        ("adamw", "wte.weight|exp_avg_sq", torch.zeros(1), r"has shape \[1\], .* \[50, 32\]"),
+        ("adamw", "wte.weight|exp_avg", 1.0, r"has shape \[\], .* \[50, 32\]"),
+        ("adamw", "wte.weight|step", torch.zeros(3), r"has shape \[3\], .* \[\]"),
+        ("galore", "wte.weight|exp_avg", torch.zeros(1), r"has shape \[1\], .* \[50, 32\]"),
+        (
+            "muon",
+            "h.0.attn.c_attn.weight.k|momentum_buffer",
+            torch.zeros(96, 32),
+            r"has shape \[96, 32\], .* \[32, 32\]",
+        ),
+    ],
+)
+def test_state_of_another_model_is_refused_by_name(kind, name, value, message):
+    optimizer = Optimizer(small(), (Block,), kind, 0.1, CPU)
+    with pytest.raises(ValueError, match=message) as e:
+        optimizer.load_state_dict({name: value})
+    assert name in str(e.value)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_state_is_there_before_the_first_step(kind):
+    """Otherwise a run whose first steps are all skipped saves another set of tensors."""
+    model = small()
+    optimizer = Optimizer(model, (Block,), kind, 0.1, CPU)
+    names = set(optimizer.state_dict()[0])
+    one_step(model, optimizer, 0)
+    assert names == set(optimizer.state_dict()[0])
+
+
+def test_muon_with_no_matrix_to_train_is_refused():
+    model = small()
+    model.requires_grad_(False)
+    model.wte.requires_grad_(True)
+    with pytest.raises(ValueError, match="--optimizer muon: no matrix in the blocks"):
+        Optimizer(model, (Block,), "muon", 0.1, CPU)
+
+
+@pytest.mark.parametrize("make", [lambda: small(64), frozen], ids=["whole", "frozen"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_predicted_bytes_are_the_bytes(kind):
-    model = small(64)
+def test_the_predicted_bytes_are_the_bytes(kind, make):
+    model = make()
     optimizer = Optimizer(model, (Block,), kind, 0.1, CPU, galore_rank=4)
     for step in range(2):
         one_step(model, optimizer, step)
@@ -147,7 +208,7 @@ def test_the_predicted_bytes_are_the_bytes(kind):
 
 
 def test_galore_of_rank_128_on_the_124m_shape():
-    """One block of GPT-2's, with real state; what is outside of the blocks is the same for both and added by its shape."""
+    """One block of GPT-2's, with real state; parameters outside the blocks are added by shape."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=64, block_size=16, n_layer=1, n_head=12, n_embd=768))
     sizes = {}
@@ -162,9 +223,8 @@ def test_galore_of_rank_128_on_the_124m_shape():
         assert sizes[kind] == predicted_state_bytes(model, (Block,), kind, 128)
     with torch.device("meta"):
         whole = GPT(GPTConfig())
-    ratio = predicted_state_bytes(whole, (Block,), "galore", 128) / predicted_state_bytes(
-        whole, (Block,), "adamw"
-    )
+    galore = predicted_state_bytes(whole, (Block,), "galore", 128)
+    ratio = galore / predicted_state_bytes(whole, (Block,), "adamw")
     outside = 2 * 4 * (50257 + 1024) * 768 + 2 * 4 * 2 * 768
     of_a_block = {kind: size - 2 * 4 * ((64 + 16) * 768 + 2 * 768) for kind, size in sizes.items()}
     measured = (outside + 12 * of_a_block["galore"]) / (outside + 12 * of_a_block["adamw"])
@@ -200,28 +260,25 @@ def test_galore_8bit_is_refused_without_cuda():
 
 def test_galore_8bit_moves_a_bias_that_begins_at_zero(monkeypatch):
     pytest.importorskip("bitsandbytes")  # its CPU backend
-    monkeypatch.setattr(
-        torch.cuda, "synchronize", lambda *_: None
-    )  # galore-torch waits for a GPU after each tensor
+    # galore-torch waits for a GPU after each tensor
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     model = small()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = Optimizer(model, (Block,), "galore8bit", 0.0, torch.device("cuda"), galore_rank=8)
     for step in range(5):
         one_step(model, optimizer, step)
-    moved = {
-        name: float((p.detach() - before[name]).abs().max()) for name, p in model.named_parameters()
-    }
+    changes = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    moved = {name: float(change.abs().max()) for name, change in changes.items()}
     assert not any(before["h.0.mlp.c_fc.bias"].tolist())
     biases = [change for name, change in moved.items() if name.endswith("bias")]
     assert min(biases) > 1e-3 and max(moved.values()) < 0.1, moved  # five steps at a rate of 1e-3
 
 
 def test_muon_is_refused_on_a_gpu_without_bf16(monkeypatch):
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
-    )
-    with pytest.raises(
-        ValueError,
-        match="--optimizer muon: torch computes it in bf16, which this GPU does not have",
-    ):
+    def emulated_only(including_emulation=True):
+        return including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", emulated_only)
+    message = "--optimizer muon: torch computes it in bf16, which this GPU does not have"
+    with pytest.raises(ValueError, match=message):
         Optimizer(small(), (Block,), "muon", 0.1, torch.device("cuda"))

@@ -1,10 +1,11 @@
 """
-Which parameters are treated how: weight decay on matrices only, AdamW, GaLore or Muon for the blocks, and the learning rate.
+Optimizers and learning rate schedules. Weight decay applies to matrices only.
 
-    adamw       all parameters, one fused kernel (Loshchilov and Hutter 2019)
-    galore      the blocks' matrices keep their moments in a low-rank subspace of the gradient (Zhao et al. 2024), the rest AdamW
-    galore8bit  the same with the moments in 8 bits; needs CUDA
-    muon        the blocks' matrices take orthogonalised momentum (Jordan et al. 2024), the rest AdamW
+    adamw       all parameters, in one fused kernel (Loshchilov and Hutter 2019)
+    galore      matrices of the blocks: moments in a low-rank subspace of the gradient
+                (Zhao et al. 2024); the rest AdamW
+    galore8bit  the same with moments of 8 bits; needs CUDA
+    muon        matrices of the blocks: orthogonalised momentum (Jordan et al. 2024); the rest AdamW
 """
 
 from __future__ import annotations
@@ -17,62 +18,67 @@ import torch
 from torch.optim.adamw import adamw
 
 BETAS = (0.9, 0.95)
+EPS = 1e-8
 # Weights that are query, key and value in one product: three matrices to Muon, not one.
 FUSED_QKV = ("c_attn.weight", "qkv.weight", "Wqkv.weight", "qkv_proj.weight")
 WSD_DECAY_SHARE = 0.2  # of all steps
+# Entries of the state of a parameter, as torch.optim names them, that have the parameter's shape.
+WHOLE = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 def learning_rate(
     step: int, schedule: str, max_lr: float, min_lr: float, warmup_steps: int, max_steps: int
 ) -> float:
     """
-    Learning rate of optimizer step `step` (0 is the first, max_steps - 1 the last), as a closed form.
+    Learning rate of optimizer step `step` (0 is the first, max_steps - 1 the last), in closed form.
 
-    Linear warmup to max_lr, then: "cosine" and "linear" fall to min_lr at the last step, "constant" stays, "wsd"
-    (warmup, stable, decay; Hu et al. 2024) stays and falls linearly over the last fifth.
+    Linear warmup to max_lr, then: "cosine" and "linear" fall to min_lr at the last step, "constant"
+    stays, "wsd" (warmup, stable, decay; Hu et al. 2024) stays and falls linearly over the last
+    fifth.
     """
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
-    start = (
-        warmup_steps
-        if schedule != "wsd"
-        else max(warmup_steps, max_steps - int(max_steps * WSD_DECAY_SHARE) - 1)
-    )
-    done = min(
-        1.0, max(0, step - start) / max(1, max_steps - 1 - start)
-    )  # 0 at the start, 1 at the last step
     if schedule == "constant":
         return max_lr
+    start = warmup_steps  # of the decay
+    if schedule == "wsd":
+        start = max(warmup_steps, max_steps - int(max_steps * WSD_DECAY_SHARE) - 1)
+    done = min(1.0, max(0, step - start) / max(1, max_steps - 1 - start))  # 1 at the last step
     share = 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
     return min_lr + (max_lr - min_lr) * share
 
 
 def slice_like(parameter, value):
-    """This rank's slice of a whole tensor, where the parameter lies in slices (fsdp) and the tensor has its shape; else the tensor."""
+    """
+    This rank's shard of a whole tensor if the parameter is sharded (fsdp), else the tensor itself.
+
+    A tensor of another shape than the parameter's, such as a step counter, is never sharded.
+    """
     if not hasattr(parameter, "placements") or value.shape != parameter.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(
-        value, parameter.device_mesh, parameter.placements, src_data_rank=None
-    ).to(parameter.device)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    shard = distribute_tensor(value, mesh, placements, src_data_rank=None)
+    return shard.to(parameter.device)
 
 
 class AdamW:
     """
-    torch's fused AdamW kernel (Loshchilov and Hutter 2019) with the state beside it, laid out as torch.optim.AdamW has it.
+    torch's fused AdamW kernel (Loshchilov and Hutter 2019), with state as in torch.optim.AdamW.
 
-    That class imports the compiler when it is made, which costs every start a second, and divides gradients in a pass of its own.
+    That class imports the compiler when it is made, which costs every start a second, and divides
+    gradients in a separate pass.
     """
 
     def __init__(self, groups: list[dict], fused: bool):
         self.param_groups = [{"lr": 0.0, "fused": fused, **group} for group in groups]
         self.state = defaultdict(dict)
-        # before the first step, or they come to lie in the room of its logits, and those of the second find it taken
+        # allocated before the first step: otherwise the state takes the memory that its logits
+        # leave, and the logits of the second step find no room of that size
         for p in (p for group in groups for p in group["params"]):
-            step = torch.zeros((), device=p.device if fused else "cpu")
             self.state[p] = {
-                "step": step,
+                "step": torch.zeros((), device=p.device if fused else "cpu"),
                 "exp_avg": torch.zeros_like(p),
                 "exp_avg_sq": torch.zeros_like(p),
             }
@@ -82,46 +88,61 @@ class AdamW:
         """One update from the gradients divided by grad_scale."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            grads, fused = [_local(p.grad) for p in params], group["fused"]
-            if not fused:
+            grads = [_local(p.grad) for p in params]
+            exp_avgs = [_local(self.state[p]["exp_avg"]) for p in params]
+            exp_avg_sqs = [_local(self.state[p]["exp_avg_sq"]) for p in params]
+            steps = [_local(self.state[p]["step"]) for p in params]
+            scale = None
+            if not group["fused"]:
                 torch._foreach_div_(grads, grad_scale)
-            entries = [
-                [_local(self.state[p][name]) for p in params]
-                for name in ("exp_avg", "exp_avg_sq", "step")
-            ]
-            options = {
-                "lr": group["lr"],
-                "weight_decay": group["weight_decay"],
-                "beta1": BETAS[0],
-                "beta2": BETAS[1],
-                "eps": 1e-8,
-            }
-            scale = torch.tensor(grad_scale) if fused and grad_scale != 1 else None
-            params = [_local(p) for p in params]
+            elif grad_scale != 1:
+                scale = torch.tensor(grad_scale)
             adamw(
-                params,
+                [_local(p) for p in params],
                 grads,
-                *entries[:2],
-                [],
-                entries[2],
-                fused=fused,
+                exp_avgs,
+                exp_avg_sqs,
+                [],  # of amsgrad
+                steps,
+                fused=group["fused"],
                 grad_scale=scale,
                 amsgrad=False,
                 maximize=False,
-                **options,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                beta1=BETAS[0],
+                beta2=BETAS[1],
+                eps=EPS,
             )
 
 
 def _local(tensor):
-    """This rank's slice of a tensor in slices (fsdp), else the tensor."""
+    """This rank's shard of a sharded tensor (fsdp), any other tensor as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _matrices(model, blocks) -> list:
+    """The trainable matrices inside the blocks, in the order of the model."""
+    units = [module for module in model.modules() if isinstance(module, tuple(blocks))]
+    inside = {id(p) for unit in units for p in unit.parameters()}
+    return [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and id(p) in inside]
+
+
+def _shape_of(entry: str, p, group: dict) -> list | None:
+    """Shape of an entry in the state of a parameter; None if it is not known beforehand."""
+    if entry == "step":
+        return []
+    if entry in WHOLE and "rank" not in group:
+        return list(p.shape)
+    return None  # in GaLore's subspace, or in 8 bits
 
 
 class Optimizer:
     """
-    One or two torch optimizers behind one face, with state that is saved by parameter name.
+    One or two torch optimizers used as one, with state that is saved by parameter name.
 
-    Raises ValueError for a kind that cannot run on this device.
+    blocks: classes of modules, whose matrices GaLore and Muon take. Raises ValueError for a kind
+    that cannot run with this model or on this device.
     """
 
     def __init__(
@@ -135,64 +156,64 @@ class Optimizer:
         galore_update_gap=200,
         galore_scale=0.25,
     ):
+        self.kind = kind
         self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
-        self.views = []  # (parameter that is a stretch of rows, the weight, the rows): for Muon
-        in_blocks = {
-            id(p)
-            for m in model.modules()
-            if isinstance(m, tuple(blocks))
-            for p in m.parameters()
-            if p.ndim == 2
-        }
-        special = [p for p in self.names if id(p) in in_blocks] if kind != "adamw" else []
-        if any(hasattr(p, "placements") for p in special):
+        self.views = []  # (parameter on some rows of a weight, the weight, the rows): for Muon
+        matrices = _matrices(model, blocks) if kind != "adamw" else []
+        if any(hasattr(p, "placements") for p in matrices):
             raise ValueError(
-                f"--optimizer {kind}: needs whole matrices, and --parallel fsdp holds slices of them; use adamw, or --parallel ddp"
+                f"--optimizer {kind}: needs whole matrices, and --parallel fsdp shards them; "
+                "use adamw, or --parallel ddp"
             )
-        taken = {id(p) for p in special}
-        rest = [p for p in self.names if id(p) not in taken]
+        in_blocks = {id(p) for p in matrices}
+        others = [p for p in self.names if id(p) not in in_blocks]
         groups = [
-            {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in others if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
         ]
         if kind.startswith("galore"):
             low_rank = {
+                "params": matrices,
+                "weight_decay": weight_decay,
                 "rank": galore_rank,
                 "update_proj_gap": galore_update_gap,
                 "scale": galore_scale,
                 "proj_type": "std",
             }
-            galore = _galore(kind, device)
-            self.parts = [
-                galore(
-                    [*groups, {"params": special, "weight_decay": weight_decay, **low_rank}],
-                    lr=0.0,
-                    betas=BETAS,
-                )
-            ]
-            if kind == "galore8bit":
-                # galore-torch 1.0 passes two arguments by position that bitsandbytes 0.50 reads as
-                # these: updates scaled by the size of the weights, and a zero bias never moves
-                self.parts[0].args.max_unorm = 0.0
-                self.parts[0].args.skip_zeros = False
+            self.parts = [_galore(kind, device)([*groups, low_rank], lr=0.0, betas=BETAS)]
         else:
             self.parts = [AdamW(groups, fused=device.type != "mps")]
-            if kind == "muon":
-                if device.type == "cuda" and not torch.cuda.is_bf16_supported(
-                    including_emulation=False
-                ):
-                    why = "torch computes it in bf16, which this GPU does not have"
-                    raise ValueError(f"--optimizer muon: {why}; use adamw or galore")
-                matrices = [piece for p in special for piece in self._pieces(p)]
-                # the same learning rate as AdamW's then gives updates of the same size (Liu et al. 2025)
-                self.parts.append(
-                    torch.optim.Muon(
-                        matrices, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-                    )
-                )
+        if kind == "galore8bit":
+            # galore-torch 1.0 passes two arguments by position that bitsandbytes 0.50 reads as
+            # these: updates scaled by the size of the weights, and a zero bias never moves
+            self.parts[0].args.max_unorm = 0.0
+            self.parts[0].args.skip_zeros = False
+        if kind == "muon":
+            self.parts.append(self._muon(matrices, weight_decay, device))
+
+    def _muon(self, matrices: list, weight_decay: float, device):
+        """torch's Muon for these matrices. Raises ValueError if it cannot run."""
+        if not matrices:
+            raise ValueError(
+                "--optimizer muon: no matrix in the blocks of this model is trainable; use adamw"
+            )
+        bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+        if not bf16:
+            raise ValueError(
+                "--optimizer muon: torch computes it in bf16, which this GPU does not have; "
+                "use adamw or galore"
+            )
+        pieces = [piece for matrix in matrices for piece in self._pieces(matrix)]
+        # with the same learning rate as AdamW's, updates are then as large as AdamW's
+        # (Liu et al. 2025)
+        adjust = "match_rms_adamw"
+        muon = torch.optim.Muon(pieces, lr=0.0, weight_decay=weight_decay, adjust_lr_fn=adjust)
+        for p in pieces:  # as torch does at the first gradient; see AdamW for why it is done here
+            muon.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return muon
 
     def _pieces(self, weight):
-        """The matrices that a weight is to Muon: itself, or query, key and value as parameters on the same memory."""
+        """A weight as Muon's matrices: itself, or query, key and value, which share its memory."""
         name = self.names[weight]
         if not name.endswith(FUSED_QKV):
             return [weight]
@@ -205,28 +226,27 @@ class Optimizer:
         return [view for view, _, _ in self.views[-3:]]
 
     def set_lr(self, lr: float) -> None:
-        """The learning rate of the coming step."""
+        """Set the learning rate of the next step."""
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = lr
 
     def step(self, grad_scale: float = 1.0) -> None:
-        """One update from the gradients divided by grad_scale: what clipping and the loss scale of fp16 come to."""
-        if grad_scale != 1 and (len(self.parts) > 1 or not isinstance(self.parts[0], AdamW)):
+        """One update from the gradients divided by grad_scale, which clips and unscales them."""
+        divides = len(self.parts) == 1 and isinstance(self.parts[0], AdamW)
+        if grad_scale != 1 and not divides:
             torch._foreach_div_([p.grad for p in self.names if p.grad is not None], grad_scale)
             grad_scale = 1.0
         for view, weight, rows in self.views:
             view.grad = None if weight.grad is None else weight.grad[rows]
         for part in self.parts:
-            part.step(grad_scale) if isinstance(part, AdamW) else part.step()
+            if isinstance(part, AdamW):
+                part.step(grad_scale)
+            else:
+                part.step()
             for state in part.state.values():
-                # galore-torch leaves a view of the whole singular vectors: the memory would not fall, and a product with
-                # a view rounds differently than with the copy that a resumed run reads
-                if (
-                    "projector" in state
-                    and (m := state["projector"].ortho_matrix).untyped_storage().nbytes() > m.nbytes
-                ):
-                    state["projector"].ortho_matrix = m.clone(memory_format=torch.contiguous_format)
+                if "projector" in state:
+                    _drop_unused_vectors(state["projector"])
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -234,8 +254,9 @@ class Optimizer:
             p.grad = None
 
     def state_dict(self) -> tuple[dict, dict]:
-        """(tensors, numbers), each `parameter|entry` -> value; GaLore's projector is its plain matrix."""
-        tensors, numbers = {}, {}
+        """(tensors, numbers), each `parameter|entry` -> value; GaLore's projector is a matrix."""
+        tensors = {}
+        numbers = {}
         for part in self.parts:
             for p, state in part.state.items():
                 for entry, value in state.items():
@@ -249,8 +270,13 @@ class Optimizer:
         return tensors, numbers
 
     def load_state_dict(self, values: dict) -> None:
-        """What `state_dict` gave, or a part of it, for a model of the same shape. Raises ValueError for parameters that are not here."""
-        owner = {
+        """
+        Put back what `state_dict` returned, or a part of it, for a model of the same shape.
+
+        Raises ValueError for a parameter that is not here, or a moment of another shape than its
+        parameter's.
+        """
+        owners = {
             self.names[p]: (part, group, p)
             for part in self.parts
             for group in part.param_groups
@@ -258,24 +284,25 @@ class Optimizer:
         }
         for key, value in values.items():
             name, _, entry = key.rpartition("|")
-            if name not in owner:
-                raise ValueError(f"the optimizer state has {key!r}, this run has no such parameter")
-            part, group, p = owner[name]
+            if name not in owners:
+                raise ValueError(
+                    f"optimizer state {key}: the model has no such trainable parameter; "
+                    "use a checkpoint of this model"
+                )
+            part, group, p = owners[name]
+            shape = list(getattr(value, "shape", ()))
+            wanted = _shape_of(entry, p, group)
+            if wanted is not None and shape != wanted:
+                raise ValueError(
+                    f"optimizer state {key}: has shape {shape}, this run needs {wanted}; "
+                    "use a checkpoint of this model"
+                )
             if entry == "projector":
-                from galore_torch.galore_projector import GaLoreProjector
-
-                projector = GaLoreProjector(
-                    group["rank"], update_proj_gap=group["update_proj_gap"], scale=group["scale"]
-                )
-                projector.ortho_matrix = value.to(p.device, copy=True)
-                value = projector
+                value = _projector(group, value.to(p.device, copy=True))
+            elif entry == "step" and torch.is_tensor(value) and not group.get("fused"):
+                value = value.clone()  # AdamW counts its steps on the CPU unless it is fused
             elif torch.is_tensor(value):
-                # AdamW counts its steps on the CPU, unless it is fused
-                value = (
-                    value.clone()
-                    if entry == "step" and not group.get("fused")
-                    else slice_like(p, value.to(p.device, copy=True))
-                )
+                value = slice_like(p, value.to(p.device, copy=True))
             part.state[p][entry] = value
 
     def unknown(self, names) -> set[str]:
@@ -288,22 +315,49 @@ class Optimizer:
         return sum(t.nbytes for key, t in self.state_dict()[0].items() if not key.endswith("|step"))
 
 
+# ------------------------------------------------------------------------------------ GaLore
+
+
 def _galore(kind: str, device):
+    """The class of galore-torch. Raises ValueError if it cannot be used here."""
     if kind == "galore8bit" and device.type != "cuda":
         raise ValueError(
             f"--optimizer galore8bit: needs CUDA, this run is on {device.type}; use galore or adamw"
         )
     try:
-        import galore_torch  # here: it brings transformers and bitsandbytes, which cost seconds
+        import galore_torch  # here: it imports transformers and bitsandbytes, which cost seconds
     except ImportError as e:
         raise ValueError(
             f"--optimizer {kind}: needs the package galore-torch ({e}); pip install galore-torch"
         ) from e
-    return (
-        galore_torch.GaLoreAdamW8bit
-        if kind == "galore8bit"
-        else partial(galore_torch.GaLoreAdamW, no_deprecation_warning=True)
-    )
+    if kind == "galore8bit":
+        return galore_torch.GaLoreAdamW8bit
+    return partial(galore_torch.GaLoreAdamW, no_deprecation_warning=True)
+
+
+def _projector(group: dict, matrix):
+    """GaLore's projector of a parameter group with this matrix."""
+    from galore_torch.galore_projector import GaLoreProjector
+
+    gap, scale = group["update_proj_gap"], group["scale"]
+    projector = GaLoreProjector(group["rank"], update_proj_gap=gap, scale=scale)
+    projector.ortho_matrix = matrix
+    return projector
+
+
+def _drop_unused_vectors(projector) -> None:
+    """
+    Copy a projector's matrix if it is a view of all singular vectors, as galore-torch leaves it.
+
+    The view keeps all of them in memory, and a product with a view rounds differently than with the
+    copy that a resumed run reads.
+    """
+    matrix = projector.ortho_matrix
+    if matrix.untyped_storage().nbytes() > matrix.nbytes:
+        projector.ortho_matrix = matrix.clone(memory_format=torch.contiguous_format)
+
+
+# -------------------------------------------------------------------------- bytes of the state
 
 
 def predicted_state_bytes(model, blocks, kind: str, galore_rank: int = 128) -> int:
@@ -312,21 +366,14 @@ def predicted_state_bytes(model, blocks, kind: str, galore_rank: int = 128) -> i
 
     Two moments for AdamW, less for the others. blocks: classes whose matrices the others take.
     """
-    trained = {id(p): p for p in model.parameters() if p.requires_grad}
-    in_blocks = {
-        id(p)
-        for module in model.modules()
-        if isinstance(module, tuple(blocks))
-        for p in module.parameters()
-        if p.ndim == 2
-    }
-    matrices = [tuple(p.shape) for key, p in trained.items() if key in in_blocks]
-    n_others = sum(p.numel() for key, p in trained.items() if key not in in_blocks)
-    return state_bytes_of(matrices, n_others, kind, galore_rank)
+    matrices = _matrices(model, blocks)
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    n_others = n_trained - sum(p.numel() for p in matrices)
+    return state_bytes_of([tuple(p.shape) for p in matrices], n_others, kind, galore_rank)
 
 
 def state_bytes_of(matrices: list[tuple], n_others: int, kind: str, galore_rank: int = 128) -> int:
-    """The same of the shapes of the matrices in the blocks, and the number of all other parameters."""
+    """The same from the shapes of the blocks' matrices and the number of all other parameters."""
     total = 2 * n_others
     for rows, columns in matrices:
         if kind == "adamw":
