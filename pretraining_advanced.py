@@ -287,9 +287,7 @@ def open_text(config: TrainConfig, required: bool = True) -> Text | None:
 def _tokenizer_of_published(config: TrainConfig) -> Tokenizer:
     """Published shards have no tokenizer: GPT-2's, unless --tokenizer names a file."""
     try:
-        if config.tokenizer == "gpt2":
-            return gpt2_tokenizer()
-        return Tokenizer.load(config.tokenizer)
+        return gpt2_tokenizer() if config.tokenizer == "gpt2" else Tokenizer.load(config.tokenizer)
     except OSError as e:
         raise ValueError(
             f"--tokenizer {config.tokenizer}: {error_line(e)}; "
@@ -713,11 +711,10 @@ def roll_back(job, config, engine, guard, outputs, progress, rolled_back_to):
     state = ranks.share(state)
     restore(state, tensors, job, config, engine, guard)
     job.train_batches.skip(first, end)
-    rows_per_step = progress.rows_per_step
-    progress = Progress.of_checkpoint(state, job.train_batches.state_dict(), rows_per_step)
-    step = progress.step
-    ranks.say(f"{why}: rolled back to step {step}, skipping rows {first} to {end - 1}")
-    outputs.rewind(step)
+    cursor = job.train_batches.state_dict()
+    progress = Progress.of_checkpoint(state, cursor, progress.rows_per_step)
+    ranks.say(f"{why}: rolled back to step {progress.step}, skipping rows {first} to {end - 1}")
+    outputs.rewind(progress.step)
     return progress, outputs.last_record() | {"skipped_rows": [first, end]}
 
 
