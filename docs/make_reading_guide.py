@@ -388,7 +388,7 @@ WORDS = [
     (
         "clipping",
         "shortening a gradient that is longer than a limit, so that one odd batch does no harm",
-        "parts/training/optim.py",
+        "parts/training/engine.py",
     ),
     (
         "compile",

@@ -24,9 +24,23 @@ GPT2_CACHE = SHARED / "data/gpt2/tiktoken_cache"
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--nightly", action="store_true", help="thirty faults of each kind instead of two"
-    )
+    parser.addoption("--all", action="store_true", help="also the tests marked full: 14 minutes")
+    parser.addoption("--nightly", action="store_true", help="thirty faults of each kind, not two")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "full: runs with --all, or if its file is named")
+    explicit = config.args_source != pytest.Config.ArgsSource.TESTPATHS
+    if not hasattr(config, "workerinput") and (explicit or config.option.nightly):
+        config.option.all = True  # the processes of xdist get this option, too
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.option.all:
+        return
+    full = {item for item in items if item.get_closest_marker("full")}
+    config.hook.pytest_deselected(items=list(full))
+    items[:] = [item for item in items if item not in full]
 
 
 def shared(path: str) -> Path:
