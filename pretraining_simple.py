@@ -208,7 +208,7 @@ def main(config: SimpleConfig) -> int:
     n_windows = (len(train_tokens) - 1) // T
     if n_windows < B or len(val_tokens) < 2:
         what = f"{len(train_tokens):,} training tokens are too few for one batch of {B} rows of {T}"
-        raise ValueError(f"{source}: {what}; give more text, or lower --batch_size")
+        raise ValueError(f"{source}: {what}; add text, or lower --batch_size or --context_length")
     n_steps = min(config.max_steps, (config.n_epochs or sys.maxsize) * n_windows // B)
     batches = train_batches(train_tokens, B, T, config.seed)
     validation = val_batches(val_tokens, B, T)

@@ -63,7 +63,7 @@ ROWS = [
         "def resolve(config: SimpleConfig",
         "fill in the defaults, refuse impossible values",
         ("parts/training/run_settings.py", "def check_settings("),
-        "the same; `parts/training/run_settings.py` refuses what does not fit the data",
+        "the same; a resumed run is also compared with its checkpoint",
         "",
     ),
     (
@@ -611,7 +611,7 @@ that script, not this page.
    says how wrong the guesses were, and `loss.backward()` computes in which direction to change each
    parameter. The rest of the project makes these few lines run faster, longer, or on more machines.
 2. **gpt_train.py**, up to the ruler "loss, evaluation": first `GPT.forward`, then `Block`, then
-   `CausalSelfAttention`. The section "generation" shows how a model writes.
+   `CausalSelfAttention`. The section "sampling" shows how a model writes.
 3. **The table below**, with both trainers open: what the production trainer has in place of each
    part of the simple one.
 4. **pretraining_advanced.py**: `train`, from `while True:` on, which is the same loop. Then
