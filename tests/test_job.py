@@ -234,6 +234,26 @@ def test_a_checkpoint_of_another_family_or_row_length_is_refused():
     assert train("a", settings=allowed) == 0
 
 
+def test_a_checkpoint_of_an_earlier_version_is_resumed():
+    """Its state knows a script in place of a family, and another data cursor."""
+    assert train("straight") == 0
+    assert train("old", stop_at=7) == 75
+    path = newest_checkpoint("runs/old") / "trainer_state.json"
+    state = json.loads(path.read_text(encoding="utf-8"))
+    cursor = state.pop("data_cursor")
+    state["data_cursor"] = {"windows": cursor["rows"], "left_out": cursor["skipped"]}
+    for name in ("family", "weights_file", "optimizer_tensors", "guard", "evaluated_step"):
+        del state[name]
+    state["script"] = "pretraining_advanced.py"
+    path.write_text(json.dumps(state), encoding="utf-8")
+    manifest = json.loads((path.parent / "MANIFEST.json").read_text(encoding="utf-8"))
+    entry = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    manifest["files"][path.name] = entry
+    (path.parent / "MANIFEST.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert train("old", family="gpt") == 0
+    assert bits("old") == bits("straight")
+
+
 def test_a_manifest_without_the_optimizers_file_is_damage():
     assert train("a", settings={"max_steps": 6}) == 0
     folder = newest_checkpoint("runs/a")

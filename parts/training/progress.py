@@ -35,10 +35,14 @@ class Progress:
     evaluated_step: int | None = None  # step of the last evaluation that was counted
 
     @classmethod
-    def of_checkpoint(cls, state: dict, fresh_cursor: dict, rows_per_step: int) -> Progress:
-        """The progress in a checkpoint's state; that of a new run if `state` is empty."""
+    def of_checkpoint(cls, state: dict, cursor: dict, rows_per_step: int) -> Progress:
+        """
+        The progress in a checkpoint's state; that of a new run if `state` is empty.
+
+        cursor: of the RowBatches, which were restored: an older state has other names in it.
+        """
         known = {name: state[name] for name in cls.__dataclass_fields__ if name in state}
-        return cls(**{"data_cursor": fresh_cursor, **known, "rows_per_step": rows_per_step})
+        return cls(**{**known, "data_cursor": cursor, "rows_per_step": rows_per_step})
 
     def advance(self, n_targets: float, cursor: dict) -> None:
         """Count a step, applied or skipped."""
