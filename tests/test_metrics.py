@@ -1,5 +1,6 @@
-"""What a run tells is true, or not told; and no kill between two writes loses a line."""
+"""What a run reports is true or not reported; no kill between two writes loses a line."""
 
+import errno
 import json
 import os
 
@@ -11,41 +12,79 @@ from parts.training.metrics import Journal, Speed, memory_gib, peak_flops, read_
 
 
 def lines(folder) -> list[dict]:
-    return [
-        json.loads(line)
-        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
-def test_metrics_behind_the_checkpoint_are_dropped_and_none_is_doubled(tmp_path):
-    journal = Journal(tmp_path, 0)
-    for step in range(8):
-        journal.write({"step": step, "train_loss": step / 10})
+def written(folder, n_steps: int) -> list[dict]:
+    """The records of a finished attempt."""
+    records = [{"step": step, "train_loss": step / 10} for step in range(n_steps)]
+    journal = Journal(folder, 0)
+    for record in records:
+        journal.write(record)
     journal.close()
+    return records
+
+
+def test_metrics_after_the_checkpoint_are_dropped_and_none_is_doubled(tmp_path):
+    written(tmp_path, 8)
     with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as f:
         f.write('{"step": 8, "tra')  # a line that a kill tore
     journal = Journal(tmp_path, 5)
     assert journal.last == {"step": 5, "train_loss": 0.5}
-    assert [r["step"] for r in lines(tmp_path)] == [0, 1, 2, 3, 4, 5], (
-        "a kill right here must find all of them"
-    )
-    journal.write(
-        {"step": 5, "train_loss": 0.5}
-    )  # the loop writes the record of the step it stands at again
+    steps = [r["step"] for r in lines(tmp_path)]
+    assert steps == [0, 1, 2, 3, 4, 5], "a kill right here must find all of them"
+    # the loop writes the record of the step that it resumed from again
+    journal.write({"step": 5, "train_loss": 0.5})
     journal.write({"step": 6, "train_loss": 0.6})
     journal.close()
     assert [r["step"] for r in lines(tmp_path)] == list(range(7))
 
 
 def test_an_evaluation_made_after_the_resume_completes_the_record(tmp_path):
-    journal = Journal(tmp_path, 0)
-    for step in range(4):
-        journal.write({"step": step})
-    journal.close()
+    *earlier, last = written(tmp_path, 4)
     journal = Journal(tmp_path, 3)
     journal.write({**journal.last, "val_loss": 1.0})
     journal.close()
-    assert lines(tmp_path) == [{"step": 0}, {"step": 1}, {"step": 2}, {"step": 3, "val_loss": 1.0}]
+    assert lines(tmp_path) == [*earlier, {**last, "val_loss": 1.0}]
+
+
+def test_a_rewritten_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
+    written(tmp_path, 4)
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("replace"), replace(*paths)))
+    journal = Journal(tmp_path, 3)
+    assert calls == ["fsync", "replace", "fsync"]  # the file, its name, the folder
+    journal.write({"step": 4})
+    journal.close()
+    assert len(calls) == 3, "a step waits for no disk"
+
+
+def test_a_full_disk_while_a_record_is_completed_costs_a_warning(tmp_path, monkeypatch, capsys):
+    records = written(tmp_path, 4)
+    journal = Journal(tmp_path, 3)
+    with monkeypatch.context() as full:
+        full.setattr(metrics, "rename_durably", refuse)
+        journal.write({**journal.last, "val_loss": 1.0})
+    warning = f"warning: {tmp_path / 'metrics.jsonl'}: No space left on device; the run continues"
+    assert capsys.readouterr().out.strip() == warning
+    assert lines(tmp_path) == records and not (tmp_path / "metrics.jsonl.part").exists()
+    journal.write({**journal.last, "val_loss": 1.0})
+    assert lines(tmp_path)[-1] == {**records[-1], "val_loss": 1.0}
+
+
+def test_a_full_disk_when_a_run_resumes_names_the_file(tmp_path, monkeypatch):
+    records = written(tmp_path, 4)
+    monkeypatch.setattr(metrics, "rename_durably", refuse)
+    with pytest.raises(OSError, match=r"metrics\.jsonl"):
+        Journal(tmp_path, 2)
+    assert lines(tmp_path) == records
+
+
+def refuse(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_speed_counts_training_alone(monkeypatch):
@@ -54,27 +93,48 @@ def test_speed_counts_training_alone(monkeypatch):
     speed = Speed(flops_per_token=10, peak=10_000.0, n_devices=2)
     speed.start()
     assert speed.stop(1000) == {"tokens_per_s": 500.0, "mfu": 500 * 10 / 20_000}
-    speed.start()  # 98 s of evaluation lie between
+    speed.start()  # after 98 s of evaluation
     assert speed.stop(3000)["tokens_per_s"] == 1000.0
 
 
 PEAKS = {  # name as the driver gives it -> TFLOP/s, or unknown
-    "NVIDIA H200": 989, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H100 NVL": 835, "NVIDIA GH200 480GB": 989,
-    "NVIDIA B200": 2250, "NVIDIA GB200": 2500, "NVIDIA B300 SXM6 AC": 2250, "NVIDIA H20": 148, "NVIDIA A100-SXM4-80GB": 312,
-    "NVIDIA L40": 181, "NVIDIA L40S": 362, "NVIDIA L4": 121, "NVIDIA L20": 119, "NVIDIA A10": 125, "NVIDIA A10G": 70,
-    "NVIDIA RTX A6000": 155, "NVIDIA GeForce RTX 5090": 209, "NVIDIA GeForce RTX 4090": 165, "Tesla V100-SXM2-16GB": 125, "Tesla T4": 65,
-    "GeForce 256": None, "NVIDIA T400 4GB": None, "NVIDIA GeForce RTX 4090 Laptop GPU": None, "NVIDIA GeForce RTX 4090 D": None,
-    "NVIDIA GeForce RTX 3090 Ti": None, "NVIDIA A100-SXM4-40GB MIG 1g.5gb": None, "NVIDIA A10-24Q": None, "NVIDIA A40": None,
-}  # fmt: skip
+    "NVIDIA H200": 989,
+    "NVIDIA H100 80GB HBM3": 989,
+    "NVIDIA H100 PCIe": 756,
+    "NVIDIA H100 NVL": 835,
+    "NVIDIA GH200 480GB": 989,
+    "NVIDIA B200": 2250,
+    "NVIDIA GB200": 2500,
+    "NVIDIA B300 SXM6 AC": 2250,
+    "NVIDIA H20": 148,
+    "NVIDIA A100-SXM4-80GB": 312,
+    "NVIDIA L40": 181,
+    "NVIDIA L40S": 362,
+    "NVIDIA L4": 121,
+    "NVIDIA L20": 119,
+    "NVIDIA A10": 125,
+    "NVIDIA A10G": 70,
+    "NVIDIA RTX A6000": 155,
+    "NVIDIA GeForce RTX 5090": 209,
+    "NVIDIA GeForce RTX 4090": 165,
+    "Tesla V100-SXM2-16GB": 125,
+    "Tesla T4": 65,
+    "GeForce 256": None,
+    "NVIDIA T400 4GB": None,
+    "NVIDIA GeForce RTX 4090 Laptop GPU": None,
+    "NVIDIA GeForce RTX 4090 D": None,
+    "NVIDIA GeForce RTX 3090 Ti": None,
+    "NVIDIA A100-SXM4-40GB MIG 1g.5gb": None,
+    "NVIDIA A10-24Q": None,
+    "NVIDIA A40": None,
+}
 
 
 @pytest.mark.parametrize(("name", "peak"), PEAKS.items())
 def test_the_peak_is_that_of_the_device_or_none(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda"), torch.bfloat16) == (peak and peak * 1e12)
-    assert peak_flops(torch.device("cuda"), torch.float32) is None, (
-        "in fp32 the peak is another one"
-    )
+    assert peak_flops(torch.device("cuda"), torch.float32) is None  # another peak
     assert peak_flops(torch.device("cpu"), torch.bfloat16) is None
     assert Speed(10, None).peak is None
 
@@ -98,8 +158,7 @@ def test_wandb_waits_for_no_login(monkeypatch, tmp_path):
 
 
 def test_reading_skips_what_is_no_record(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 1}\n[1]\nnull\n{"step": "x"}\n{"step": 2}\n{"st', encoding="utf-8"
-    )
+    text = '{"step": 1}\n[1]\nnull\n{"step": "x"}\n{"step": 2}\n{"st'
+    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
     assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2]
     assert list(read_metrics(os.fspath(tmp_path / "absent"))) == []

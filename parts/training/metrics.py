@@ -1,8 +1,8 @@
 """
-What a run tells: speed, memory, metrics.jsonl, and mirrors of it in TensorBoard and wandb.
+What a run reports: speed, memory, metrics.jsonl, and its mirrors in TensorBoard and wandb.
 
-wandb runs in a thread of its own behind a queue that never blocks: it can fail, hang or be offline, and the training
-neither stops nor slows.
+wandb runs in its own thread, fed by a queue that never blocks: it can fail, hang or be offline
+without stopping or slowing the training.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from parts.base.files import append_lines
+from parts.base.files import add_file_name, append_lines, rename_durably
 
 # Dense bf16/fp16 operations per second with fp32 sums, from the makers' data sheets. A key matches
 # a device whose name contains all its words; of several keys the one with the most words counts.
@@ -50,20 +50,25 @@ PEAK_FLOPS = {
     "V100": 125e12,
     "T4": 65e12,
 }
-# Words that make it another device: a variant of the chip, or a part of it (MIG, a vGPU like 24Q).
+# Words of another device: a variant of the chip, or a part of it (MIG, a vGPU such as 24Q).
 OTHER_DEVICE = re.compile(r"Laptop|Mobile|Max|D|Ti|SUPER|MIG|\d+[ABCQ]")
+STEPS_OF_SPEED = 50  # the speed is the mean over so many steps
 HISTOGRAM_BINS = 64
-FIGURES = (
-    "tokens",
-    "train_loss",
-    "val_loss",
-    "lr",
-    "grad_norm",
-)  # of a record; what is no number there is damage
+WANDB_QUEUE = 10_000  # records
+WANDB_END_S = 30
+# Values of a record that are numbers or None; a line in which one of them is not is damaged.
+FIGURES = ("tokens", "train_loss", "val_loss", "lr", "grad_norm")
+
+
+# --------------------------------------------------------------------------- speed and memory
 
 
 def peak_flops(device, dtype) -> float | None:
-    """Peak of the device in 16 bits; None where it is not known, or the products are in fp32: no number is better than a wrong one."""
+    """
+    Peak of the device in 16 bits, in operations per second.
+
+    None if it is not known, or if products are in fp32: no number is better than a wrong one.
+    """
     if device.type != "cuda" or dtype == torch.float32:
         return None
     words = re.findall(r"\w+", torch.cuda.get_device_name(device))
@@ -74,10 +79,10 @@ def peak_flops(device, dtype) -> float | None:
 
 
 def memory_gib(device) -> float:
-    """Highest memory so far: allocated on the GPU, or resident in this process."""
+    """Highest memory so far, in GiB: allocated on the GPU, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    # on Linux not getrusage, whose figure begins with that of the process which started this one
+    # on Linux not getrusage, whose figure begins with that of the parent process
     with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as f:
         return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) / 2**20
     import resource  # not on Windows
@@ -87,37 +92,46 @@ def memory_gib(device) -> float:
 
 
 class Speed:
-    """tokens/s of training alone: evaluation, samples and checkpoints are not in it. `peak` is that of one device."""
+    """
+    Tokens per second of training alone, without evaluation, samples and checkpoints.
+
+    peak: operations per second of one device; None: not known.
+    """
 
     def __init__(self, flops_per_token: int, peak: float | None, n_devices: int = 1):
-        self.flops_per_token, self.peak, self.recent, self.started = (
-            flops_per_token,
-            peak and peak * n_devices,
-            [],
-            None,
-        )
+        self.flops_per_token = flops_per_token
+        self.peak = peak and peak * n_devices
+        self.recent = []  # (tokens, seconds) of the last steps
+        self.started = None
 
     def start(self) -> None:
-        """A step begins."""
+        """Begin to measure a step."""
         self.started = time.perf_counter()
 
     def stop(self, n_tokens: int) -> dict:
-        """It is done: {"tokens_per_s", "mfu"} over the last 50 steps, mfu None where the peak is unknown; n_tokens of all ranks."""
-        self.recent = [*self.recent[-49:], (n_tokens, time.perf_counter() - self.started)]
+        """
+        End the step; returns {"tokens_per_s", "mfu"} over the last steps.
+
+        n_tokens: of this step on all ranks. mfu, the share of the peak, is None if that is unknown.
+        """
+        self.recent.append((n_tokens, time.perf_counter() - self.started))
+        self.recent = self.recent[-STEPS_OF_SPEED:]
         tokens, seconds = map(sum, zip(*self.recent, strict=True))
         rate = tokens / seconds
-        return {
-            "tokens_per_s": round(rate, 1),
-            "mfu": rate * self.flops_per_token / self.peak if self.peak else None,
-        }
+        mfu = rate * self.flops_per_token / self.peak if self.peak else None
+        return {"tokens_per_s": round(rate, 1), "mfu": mfu}
+
+
+# ------------------------------------------------------------------------------ metrics.jsonl
 
 
 class Journal:
     """
     metrics.jsonl of a run folder, one line per step, and its mirrors.
 
-    On opening, lines behind `step` (of an attempt that was killed) are dropped; `last` is a copy of the record of that step.
-    A disk that refuses costs a warning, not the run. `write` is cheap: lines reach the disk once a second and with `flush`.
+    Opening drops the lines after `step`, of an attempt that was killed; `last` is a copy of the
+    record of that step. `write` is cheap: lines reach the file once a second and with `flush`. A
+    write that the disk refuses costs a warning, not the run.
     """
 
     def __init__(self, run_dir, step: int, tensorboard: bool = False, wandb: dict | None = None):
@@ -129,33 +143,51 @@ class Journal:
         self.wandb = Wandb(**wandb) if wandb else None
 
     def rewind(self, step: int) -> None:
-        """Drop what lies behind that step, whose record is the one to go on from."""
+        """Drop the records after `step`, from which the run continues. Raises OSError."""
         append_lines(self.path, self.lines)
-        self.last, self.found = {"step": step}, False
+        self.last = {"step": step}
+        self.found = False  # whether the file has the record of that step
         if self.path.exists():
             self._rewrite(step, None)
 
     def _rewrite(self, step: int, last: dict | None) -> None:
-        """The file up to this step, whose own record becomes `last` (None: stays); at no time is there less in it."""
+        """
+        Write the file anew up to `step`, whose record becomes `last` (None: stays).
+
+        The old file stays until the new one is complete. Raises OSError.
+        """
         part = self.path.with_name("metrics.jsonl.part")
-        with open(part, "w", encoding="utf-8") as out:
-            for record in read_metrics(self.path.parent):
-                if record["step"] == step:
-                    self.last, self.found = dict(last or record), True
-                    record = self.last
-                if record["step"] <= step:
-                    out.write(json.dumps(record) + "\n")
-        os.replace(part, self.path)
+        found = None
+        try:
+            with open(part, "w", encoding="utf-8") as out:
+                for record in read_metrics(self.path.parent):
+                    if record["step"] == step:
+                        record = found = dict(last or record)
+                    if record["step"] <= step:
+                        out.write(json.dumps(record) + "\n")
+            rename_durably(part, self.path)
+        except OSError as e:
+            part.unlink(missing_ok=True)
+            add_file_name(e, self.path)
+            raise
+        if found:
+            self.last = found
+            self.found = True
 
     def write(self, record: dict) -> None:
-        """One step's record, {"step": ..., ...}; that of the step the run went on from is there already, perhaps less complete."""
-        record = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in record.items()
-        }  # JSON has no nan
+        """
+        Write the record of a step, {"step": ..., ...}.
+
+        The record of the step that the run resumed from is in the file already, perhaps without its
+        evaluation; it is replaced.
+        """
+        record = {name: _json_value(value) for name, value in record.items()}
         if self.found and record["step"] == self.last["step"]:
             if record != self.last:
-                self._rewrite(record["step"], record)
+                try:
+                    self._rewrite(record["step"], record)
+                except OSError as e:
+                    print(f"warning: {self.path}: {e.strerror}; the run continues", flush=True)
             return
         self.lines.append(record)
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
@@ -168,21 +200,16 @@ class Journal:
             self.flush()
 
     def histograms(self, step: int, model) -> None:
-        """Distributions of parameters and gradients, to wandb."""
-        if self.wandb:
-            for kind in ("parameters", "gradients"):
-                named = {
-                    n: (p if kind == "parameters" else p.grad) for n, p in model.named_parameters()
-                }
-                self.wandb.put(
-                    (
-                        step,
-                        {f"{kind}/{n}": _histogram(t) for n, t in named.items() if t is not None},
-                    )
-                )
+        """Send the distributions of parameters and gradients to wandb."""
+        if not self.wandb:
+            return
+        named = dict(model.named_parameters())
+        self.wandb.put((step, {f"parameters/{n}": _histogram(p) for n, p in named.items()}))
+        grads = {n: p.grad for n, p in named.items() if p.grad is not None}
+        self.wandb.put((step, {f"gradients/{n}": _histogram(g) for n, g in grads.items()}))
 
     def flush(self) -> None:
-        """Everything so far is in the file."""
+        """Write everything so far to the file."""
         append_lines(self.path, self.lines)
         if self.board:
             self.board.flush()
@@ -198,36 +225,46 @@ class Journal:
 
 
 def read_metrics(run_dir):
-    """The records of a run's metrics.jsonl, in order; a torn line is left out."""
+    """Yield the records of a run's metrics.jsonl, in order; skips what is not a record."""
     path = Path(run_dir) / "metrics.jsonl"
-    if path.exists():
-        with open(path, encoding="utf-8", errors="replace") as f:
-            for line in f:
-                with contextlib.suppress(ValueError):
-                    record = json.loads(line)
-                    numbers = isinstance(record, dict) and all(
-                        isinstance(record.get(k, 0), int | float | None) for k in FIGURES
-                    )
-                    if numbers and isinstance(record.get("step"), int):
-                        yield record
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for line in f:
+            with contextlib.suppress(ValueError):  # torn by a kill
+                record = json.loads(line)
+                if _is_record(record):
+                    yield record
 
 
-def _histogram(tensor) -> tuple:
+def _is_record(value) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("step"), int):
+        return False
+    return all(isinstance(value.get(name), int | float | None) for name in FIGURES)
+
+
+def _json_value(value):
+    """The value, None for a number that JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# -------------------------------------------------------------------------------- the mirrors
+
+
+def _histogram(tensor) -> tuple[float, float, list]:
+    """(lowest, highest, counts in HISTOGRAM_BINS bins); under fsdp of this rank's shard."""
     t = tensor.detach()
-    t = (
-        t.to_local() if hasattr(t, "to_local") else t
-    ).float()  # under fsdp that of this rank's slice
+    t = t.to_local() if hasattr(t, "to_local") else t
+    t = t.float()
     low, high = t.min().item(), t.max().item()
-    if not (abs(low) < float("inf") and abs(high) < float("inf")):
-        return (0.0, 1.0, [0] * HISTOGRAM_BINS)
-    return (
-        low,
-        high,
-        torch.histc(t.cpu(), HISTOGRAM_BINS, low, high if high > low else low + 1).tolist(),
-    )
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return 0.0, 1.0, [0] * HISTOGRAM_BINS
+    end = high if high > low else low + 1
+    return low, high, torch.histc(t.cpu(), HISTOGRAM_BINS, low, end).tolist()
 
 
 def _tensorboard(folder: Path, step: int):
+    """A writer that replaces what was written after `step`; None, with a warning, without one."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as e:
@@ -237,7 +274,7 @@ def _tensorboard(folder: Path, step: int):
 
 
 class Wandb:
-    """A wandb run fed from a queue by its own thread; `put` never waits, and what fails is told once."""
+    """A wandb run fed from a queue by its own thread; `put` never waits."""
 
     def __init__(self, project: str, name: str, run_id: str, config: dict, folder):
         self.settings = {
@@ -248,22 +285,25 @@ class Wandb:
             "dir": str(folder),
             "resume": "allow",
         }
-        self.queue, self.dropped = queue.Queue(10_000), 0
+        self.queue = queue.Queue(WANDB_QUEUE)
+        self.dropped = 0
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
     @staticmethod
     def mode() -> str:
-        """WANDB_MODE, else online where a key is at hand, else offline: a run must never wait for a login."""
+        """WANDB_MODE, else online if there is a key, else offline: a run waits for no login."""
+        if os.environ.get("WANDB_MODE"):
+            return os.environ["WANDB_MODE"]
+        if os.environ.get("WANDB_API_KEY"):
+            return "online"
         with contextlib.suppress(OSError, netrc.NetrcParseError):
-            if "WANDB_MODE" not in os.environ and netrc.netrc().authenticators("api.wandb.ai"):
+            if netrc.netrc().authenticators("api.wandb.ai"):
                 return "online"
-        return os.environ.get("WANDB_MODE") or (
-            "online" if os.environ.get("WANDB_API_KEY") else "offline"
-        )
+        return "offline"
 
     def put(self, item) -> None:
-        """(step, {name: number or histogram}); dropped where wandb is too far behind."""
+        """Queue (step, {name: number or histogram}); drop it if wandb is too slow."""
         try:
             self.queue.put_nowait(item)
         except queue.Full:
@@ -279,26 +319,25 @@ class Wandb:
                 step, values = item
                 run.log({k: _wandb_value(wandb, v) for k, v in values.items()}, step=step)
             run.finish()
-        except Exception as e:  # noqa: BLE001  whatever wandb raises, the training goes on
-            print(
-                f"warning: wandb is off: {' '.join(str(e).split())[:150]}; metrics.jsonl has everything",
-                flush=True,
-            )
+        except Exception as e:  # noqa: BLE001  whatever wandb raises, the training continues
+            reason = " ".join(str(e).split())[:150]
+            print(f"warning: wandb is off: {reason}; metrics.jsonl has everything", flush=True)
             while self.queue.get() is not None:
                 pass
 
     def close(self) -> None:
-        """End the run; after half a minute it is left behind."""
+        """End the run; does not wait longer than half a minute."""
         self.put(None)
-        self.thread.join(timeout=30)
+        self.thread.join(timeout=WANDB_END_S)
         if self.dropped or self.thread.is_alive():
             print(
-                f"warning: wandb was too slow, {self.dropped} records are only in metrics.jsonl",
+                f"warning: wandb was too slow; {self.dropped} records are only in metrics.jsonl",
                 flush=True,
             )
 
 
 def _wandb_value(wandb, value):
+    """A number as it is, a histogram as wandb's."""
     if not isinstance(value, tuple):
         return value
     low, high, counts = value
