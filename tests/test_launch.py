@@ -1,4 +1,4 @@
-"""Command lines and endings: flags, one line per problem, exit codes."""
+"""How scripts end: exit codes, one line per error, requests to stop."""
 
 import os
 import signal
@@ -11,15 +11,17 @@ from conftest import ROOT
 from parts.cli.launch import StopRequest, error_line
 
 
-def test_an_os_error_is_told_as_file_and_what():
-    assert (
-        error_line(FileNotFoundError(2, "No such file or directory", "a.txt"))
-        == "a.txt: No such file or directory"
-    )
-    assert (
-        error_line(OSError(28, "No space left on device", "b"))
-        == "b: No space left on device; free some space and run the same line again"
-    )
+def python(code: str, **options) -> subprocess.CompletedProcess:
+    """Run a program in the folder of the project."""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, **options)
+
+
+def test_an_os_error_is_reported_as_file_and_what():
+    missing = FileNotFoundError(2, "No such file or directory", "a.txt")
+    assert error_line(missing) == "a.txt: No such file or directory"
+    full = "b: No space left on device; free some space and run the same command again"
+    assert error_line(OSError(28, "No space left on device", "b")) == full
     assert error_line(ValueError("two\n lines")) == "two lines"
 
 
@@ -30,7 +32,7 @@ ENDINGS = {
     "raise RuntimeError('out of memory')": (1, "error: out of memory\n"),
     "raise OSError(28, 'No space left', 'x')": (
         1,
-        "error: x: No space left; free some space and run the same line again\n",
+        "error: x: No space left; free some space and run the same command again\n",
     ),
     "open('nowhere')": (2, "error: nowhere: No such file or directory\n"),
     "raise KeyboardInterrupt": (130, "stopped\n"),
@@ -40,27 +42,35 @@ ENDINGS = {
 @pytest.mark.parametrize("body", ENDINGS)
 def test_endings(body):
     code = f"from parts.cli.launch import run_script\ndef main():\n    {body}\nrun_script(main)"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    result = python(code)
     assert (result.returncode, result.stderr) == ENDINGS[body]
 
 
 def test_a_bug_of_ours_keeps_its_traceback():
     code = "from parts.cli.launch import run_script\nrun_script(lambda: {}['x'])"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    result = python(code)
     assert result.returncode == 1 and "KeyError" in result.stderr and "Traceback" in result.stderr
 
 
 def test_a_reader_that_has_enough_is_no_error():
-    code = "from parts.cli.launch import run_script\nrun_script(lambda: [print(i) for i in range(10**6)] and None)"
-    command = f'{sys.executable} -c "{code}" | head -1'
-    result = subprocess.run(
-        ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    code = """
+from parts.cli.launch import run_script
+run_script(lambda: [print(i) for i in range(10**6)] and None)
+"""
+    command = ["bash", "-c", f"{sys.executable} -c '{code}' | head -1"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.stdout == "0\n" and result.stderr == ""
+
+
+def test_a_missing_package_is_one_line():
+    code = """
+from parts.cli.launch import quiet_ctrl_c
+quiet_ctrl_c()
+import no_such_package
+"""
+    line = "error: needs the package no_such_package, which is not installed; "
+    result = python(code)
+    assert result.stderr == line + "pip install -r requirements.txt\n" and result.returncode == 1
 
 
 def test_a_signal_is_a_flag_until_the_loop_reads_it():
@@ -74,15 +84,17 @@ def test_a_signal_is_a_flag_until_the_loop_reads_it():
 
 
 def test_the_memory_of_a_gpu_grows_in_place_unless_the_environment_says_otherwise():
-    program = "import os; from parts.cli.launch import quiet_ctrl_c; quiet_ctrl_c(); print(os.environ.get('PYTORCH_CUDA_ALLOC_CONF'))"
+    program = """
+import os
+from parts.cli.launch import quiet_ctrl_c
+quiet_ctrl_c()
+print(os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
+"""
     clean = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
     for more, expected in (
         ({}, "expandable_segments:True"),
         ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
         ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "None"),
     ):
-        command = [sys.executable, "-c", program]
-        out = subprocess.run(
-            command, cwd=ROOT, env=clean | more, capture_output=True, text=True, check=True
-        ).stdout
-        assert out.strip() == expected
+        result = python(program, env=clean | more)
+        assert result.returncode == 0 and result.stdout.strip() == expected

@@ -1,7 +1,11 @@
-"""How a script starts and ends: exit codes, one line per error, and Ctrl-C in every phase.
+"""
+How a script starts and ends: exit codes, one line per error, and Ctrl-C in every phase.
 
-Exit codes: 0 finished; 1 the run failed; 2 bad arguments, configuration or data, nothing was touched;
-75 stopped by SIGTERM or SIGUSR1 after saving; 130 stopped by Ctrl-C.
+    0    finished
+    1    the run failed
+    2    bad arguments, configuration or data; nothing was touched
+    75   stopped by SIGTERM or SIGUSR1 after saving
+    130  stopped by Ctrl-C
 """
 
 from __future__ import annotations
@@ -17,7 +21,8 @@ import sys
 import time
 from pathlib import Path
 
-# A person can mend these before the run; any other OSError and every RuntimeError means that the run itself failed.
+# The user can fix these before the run. Any other OSError and every RuntimeError means that the run
+# itself failed.
 BAD_INPUT = (
     ValueError,
     FileNotFoundError,
@@ -28,47 +33,49 @@ BAD_INPUT = (
 )
 
 
+# Requests to stop; Windows has no SIGUSR1.
+REQUESTS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+]
+
+
 def _on_requests(handler) -> dict:
-    numbers = [
-        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
-    ]  # Windows has no SIGUSR1
-    return {
-        number: signal.signal(number, handler) for number in numbers
-    }  # the handlers that were there
+    """Set the handler of every request to stop; returns {signal: its earlier handler}."""
+    return {number: signal.signal(number, handler) for number in REQUESTS}
 
 
 def quiet_ctrl_c() -> None:
     """
     Exit at once on a request to stop, with its exit code and no traceback.
 
-    For the seconds in which torch is imported. A missing package is reported in one line, then and
-    later. Also sets what torch reads from the environment.
+    For the seconds in which torch is imported. From then on a missing package is reported in one
+    line. Also sets what torch reads from the environment.
     """
     _on_requests(lambda number, _: os._exit(130 if number == signal.SIGINT else 75))
-    sys.excepthook = _tell
-    os.environ.setdefault(
-        "TORCH_CPP_LOG_LEVEL", "ERROR"
-    )  # warns of find_unused_parameters, which is wanted for its order of adding
+    sys.excepthook = _report
+    # silences a warning about find_unused_parameters, which fixes the order in which DDP adds
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if sys.platform == "linux" and "PYTORCH_ALLOC_CONF" not in os.environ:
         # segments of GPU memory that can grow: micro-batches of another size leave no holes
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
-def _tell(kind, e, trace) -> None:
+def _report(kind, e, trace) -> None:
+    """Print an exception that nobody caught: a missing package in one line."""
     if kind is ModuleNotFoundError and "--debug" not in sys.argv:
-        print(
-            f"error: needs the package {e.name}, which is not installed; pip install -r requirements.txt",
-            file=sys.stderr,
-        )
+        what = f"needs the package {e.name}, which is not installed"
+        print(f"error: {what}; pip install -r requirements.txt", file=sys.stderr)
     else:
         sys.__excepthook__(kind, e, trace)
 
 
 def error_line(e: BaseException) -> str:
-    """The error as one line. An OSError is told as `file: what`, as every other message of ours is."""
+    """The error in one line; an OSError as `file: what is wrong`."""
     if isinstance(e, OSError) and e.strerror:
-        way_out = "; free some space and run the same line again" if e.errno == errno.ENOSPC else ""
-        return (f"{e.filename}: {e.strerror}" if e.filename else e.strerror) + way_out
+        line = f"{e.filename}: {e.strerror}" if e.filename else e.strerror
+        if e.errno == errno.ENOSPC:
+            line += "; free some space and run the same command again"
+        return line
     if isinstance(e, MemoryError):
         return "out of memory; lower --batch_size or --context_length, or take a smaller model"
     return " ".join(str(e).split()) or type(e).__name__
@@ -76,16 +83,15 @@ def error_line(e: BaseException) -> str:
 
 def run_script(main) -> None:
     """
-    Call main() and leave with its exit code (None is 0).
+    Call main() and exit with its exit code (None is 0).
 
-    What people can cause is printed as one line, `error: ...`, with exit code 2 (bad input) or 1 (the run failed);
-    --debug on the command line adds the traceback. Other exceptions are bugs of ours and keep theirs.
+    An error that the user can cause is printed in one line, `error: ...`, with exit code 2 (bad
+    input) or 1 (the run failed); --debug on the command line adds the traceback. Any other
+    exception is a bug of ours and keeps its traceback.
     """
-    _on_requests(
-        lambda *_: sys.exit(75)
-    )  # an exception, so that whatever is half done is cleaned up
+    _on_requests(lambda *_: sys.exit(75))  # an exception, so that unfinished work is cleaned up
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout.reconfigure(errors="replace")  # a sample may hold what the console cannot show
+    sys.stdout.reconfigure(errors="replace")  # a sample may have what the console cannot show
     try:
         code = main()
         sys.stdout.flush()
@@ -96,14 +102,14 @@ def run_script(main) -> None:
         os._exit(141)
     except (*BAD_INPUT, OSError, RuntimeError, MemoryError) as e:
         rank = os.environ.get("RANK", "0")  # of several processes, set by torchrun
-        print(f"error: {'' if rank == '0' else f'[rank {rank}] '}{error_line(e)}", file=sys.stderr)
+        of_rank = "" if rank == "0" else f"[rank {rank}] "
+        print(f"error: {of_rank}{error_line(e)}", file=sys.stderr)
         if "--debug" in sys.argv:
             raise
         code = 2 if isinstance(e, BAD_INPUT) else 1
     quiet_ctrl_c()
-    if (
-        "RANK" in os.environ
-    ):  # one of several: gloo's threads abort the orderly end of about one process in twenty
+    if "RANK" in os.environ:
+        # gloo's threads abort about one process in twenty that exits in the orderly way
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code or 0)
@@ -112,8 +118,9 @@ def run_script(main) -> None:
 
 class StopRequest:
     """
-    Turns the first Ctrl-C, SIGTERM or SIGUSR1 into a flag that the loop reads between steps, so that nothing is
-    left half done; a second Ctrl-C leaves at once.
+    Turns the first Ctrl-C, SIGTERM or SIGUSR1 into a flag that the loop reads between steps.
+
+    So nothing is left half done. A second Ctrl-C exits at once.
 
         with StopRequest() as stop:
             while not stop: ...
@@ -122,7 +129,8 @@ class StopRequest:
 
     def __init__(self):
         self.exit_code = None
-        self._before, self._first = {}, 0.0
+        self._before = {}  # handlers to put back
+        self._first = 0.0  # time of the first request
 
     def __bool__(self) -> bool:
         return self.exit_code is not None
@@ -136,42 +144,50 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _on_signal(self, number, _frame) -> None:
-        # torchrun passes on the Ctrl-C that the terminal has sent to every process already: the same wish, not a second one
+        # the terminal sends Ctrl-C to every process, and torchrun passes it on: one request
         if number == signal.SIGINT and self and time.monotonic() - self._first > 1:
             os._exit(130)
         self._first = self._first or time.monotonic()
         self.exit_code = 130 if number == signal.SIGINT else 75
-        # os.write, not print: a handler may interrupt a print, and the stream refuses to be entered twice
-        os.write(2, b"\nstopping after this step and saving; Ctrl-C again leaves at once\n")
+        # not print: a handler may interrupt a print, and the stream refuses to be entered twice
+        os.write(2, b"\nstopping after this step and saving; Ctrl-C again exits at once\n")
 
 
 def launch_facts(n_processes: int, device) -> dict:
-    """What a run folder tells about how a run was started, and where: JSON values. Secrets stand in the environment, so none is in it."""
+    """
+    How and where a run was started, for its run folder: JSON values.
+
+    Nothing is read from the environment but torchrun's variables: secrets are kept there.
+    """
     import torch
 
-    start = [Path(sys.executable).name]
+    program = [Path(sys.executable).name]
     if "RANK" in os.environ:
-        start = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
-    line = shlex.join([*start, *sys.argv])
-    commit = None
-    with contextlib.suppress(OSError):  # no git here
-        git = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        commit = git.stdout.strip() or None
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": platform.platform(),
+        program = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    command = shlex.join([*program, *sys.argv])
+    device_name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        device_name = torch.cuda.get_device_name(device)
+    return {
+        "git_commit": _git_commit(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "platform": platform.platform(),
+        },
+        "device": device_name,
+        "processes": n_processes,
+        "launch": command,
+        "resume": command,
+        "folder": str(Path.cwd()),
     }
-    facts = {"git_commit": commit, "versions": versions, "device": name, "processes": n_processes}
-    return facts | {"launch": line, "resume": line, "folder": str(Path.cwd())}
+
+
+def _git_commit() -> str | None:
+    """Commit of this code; None without git or a repository."""
+    command = ["git", "rev-parse", "HEAD"]
+    folder = Path(__file__).parent
+    with contextlib.suppress(OSError):
+        git = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        return git.stdout.strip() or None
+    return None

@@ -1,5 +1,5 @@
 """
-tqdm, or where it is not installed something that shows nothing: a month of training does not hang on its progress bar.
+tqdm, or a stand-in that shows nothing if tqdm is not installed: training needs no progress bar.
 
     from parts.cli.progress_bar import tqdm
 """
@@ -12,18 +12,19 @@ try:
     from tqdm import tqdm
 except ModuleNotFoundError:
 
-    class tqdm(contextlib.nullcontext):  # noqa: N801  stands in for it
-        """What our scripts use of tqdm, without a bar."""
+    class tqdm(contextlib.nullcontext):  # noqa: N801  the name it replaces
+        """The part of tqdm that our scripts use, without a bar."""
 
         def __init__(self, items=(), initial: int = 0, **_):
             super().__init__(self)
-            self.items, self.n = items, initial
+            self.items = items
+            self.n = initial
 
         def __iter__(self):
             return iter(self.items)
 
         def update(self, n: int = 1) -> None:
-            """Count on."""
+            """Count n more."""
             self.n += n
 
         def set_postfix_str(self, *_, **__) -> None:
@@ -34,5 +35,5 @@ except ModuleNotFoundError:
 
         @staticmethod
         def external_write_mode():
-            """Around a print: there is no bar to move out of the way."""
+            """Context for a print; there is no bar to move away."""
             return contextlib.nullcontext()
