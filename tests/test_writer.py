@@ -1,4 +1,4 @@
-"""A checkpoint written by the thread is that of the moment it was asked for; what goes wrong in the thread is not lost."""
+"""A checkpoint of the thread has the tensors of the moment of the call; no error is lost."""
 
 import gc
 import threading
@@ -19,8 +19,9 @@ def large(monkeypatch):
     monkeypatch.setattr(writer, "SMALL", -1)
 
 
-def ready(save, told=None) -> Writer:
-    w = Writer(save, lambda step, e: told.append((step, str(e))))
+def ready(write, reported=None) -> Writer:
+    """A writer that has its memory; what it tells is appended to `reported`."""
+    w = Writer(write, lambda step, e: reported.append((step, str(e))))
     w.reserve(2**20, device=torch.device("cpu"))
     w.wait()
     return w
@@ -33,43 +34,37 @@ def test_the_thread_writes_what_the_tensors_were(tmp_path, large):
         assert go.wait(60)
         save_checkpoint(*args)
 
-    w, t = (
-        ready(slowly),
-        {
-            "a": torch.arange(12.0).reshape(3, 4),
-            "n": torch.tensor(7),
-            "b": torch.ones(5, dtype=torch.bfloat16),
-        },
-    )
-    then = {name: value.clone() for name, value in t.items()}
-    assert w.save(tmp_path, 5, {"model.safetensors": t.items()}, {}, {}, 3)
-    assert not list_checkpoints(tmp_path)  # back before it is written
-    for value in t.values():
-        value.zero_()
+    w = ready(slowly)
+    tensors = {
+        "a": torch.arange(12.0).reshape(3, 4),
+        "n": torch.tensor(7),
+        "b": torch.ones(5, dtype=torch.bfloat16),
+    }
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    assert w.save(tmp_path, 5, {"model.safetensors": tensors.items()}, {}, {}, 3)
+    assert not list_checkpoints(tmp_path)  # returned before it was written
+    for tensor in tensors.values():
+        tensor.zero_()
     go.set()
     w.wait()
     verify_checkpoint(tmp_path / "checkpoints/step_000005")
     found = load_file(tmp_path / "checkpoints/step_000005/model.safetensors")
-    assert found.keys() == then.keys() and all(
-        torch.equal(found[k], then[k]) and found[k].dtype == then[k].dtype for k in then
-    )
+    assert found.keys() == before.keys()
+    for name, tensor in before.items():
+        assert torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
 
 
 @pytest.mark.parametrize("at_once", [False, True])
-def test_a_disk_that_refuses_is_told(tmp_path, large, at_once):
+def test_a_disk_that_refuses_is_reported(tmp_path, large, at_once):
     def refuse(*_):
-        raise OSError(28, "No space left on device", "there")
+        raise OSError(28, "No space left on device", "file")
 
-    told = []
-    w = ready(refuse, told)
-    assert (
-        w.save(
-            tmp_path, 5, {"model.safetensors": [("a", torch.ones(3))]}, {}, {}, 3, at_once=at_once
-        )
-        is not at_once
-    )
+    reported = []
+    w = ready(refuse, reported)
+    tensors = {"model.safetensors": [("a", torch.ones(3))]}
+    assert w.save(tmp_path, 5, tensors, {}, {}, 3, at_once=at_once) is not at_once
     w.wait()
-    assert [step for step, _ in told] == [5] and "No space left" in told[0][1]
+    assert [step for step, _ in reported] == [5] and "No space left" in reported[0][1]
 
 
 def test_any_other_error_in_the_thread_is_raised(tmp_path, large):
@@ -79,7 +74,7 @@ def test_any_other_error_in_the_thread_is_raised(tmp_path, large):
         w.wait()
 
 
-def test_more_than_the_memory_taken_is_written_at_once(tmp_path, large):
+def test_more_than_the_reserved_memory_is_written_at_once(tmp_path, large):
     w = ready(save_checkpoint)
     tensors = {"model.safetensors": [("a", torch.ones(2**17)), ("b", torch.ones(2**18))]}
     assert w.save(tmp_path, 5, tensors, {}, {}, 3)
@@ -94,7 +89,7 @@ def test_without_memory_for_a_copy_the_training_waits(tmp_path, large, monkeypat
     assert len(list_checkpoints(tmp_path)) == 1
 
 
-def test_memory_that_is_not_there_is_told_before_it_is_taken():
+def test_too_little_memory_is_refused():
     writer.enough_memory(2**20, "weights", "--cpu_offload")
     with pytest.raises(ValueError, match="--cpu_offload: weights need 1000000.00 GB"):
         writer.enough_memory(1e15, "weights", "--cpu_offload")
@@ -102,19 +97,21 @@ def test_memory_that_is_not_there_is_told_before_it_is_taken():
 
 def test_only_copies_from_cuda_are_not_waited_for(tmp_path, large, monkeypatch):
     """On mps such a copy may be read before it has arrived, and its hash would be right."""
-    copy_, asked = torch.Tensor.copy_, []
+
+    def no_context(*_):
+        pytest.fail("a CUDA context was made")
+
+    copy_ = torch.Tensor.copy_
+    asked = []
 
     def record(self, source, non_blocking=False):
         asked.append(non_blocking)
         return copy_(self, source)
 
     monkeypatch.setattr(torch.Tensor, "copy_", record)
-    monkeypatch.setattr(
-        torch.cuda, "is_available", lambda: True
-    )  # a GPU that this run does not use
-    monkeypatch.setattr(
-        torch.cuda, "synchronize", lambda *_: pytest.fail("a CUDA context was made")
-    )
+    # a GPU that this run does not use
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", no_context)
     w = ready(save_checkpoint)
     assert w.save(tmp_path, 5, {"model.safetensors": [("a", torch.ones(3))]}, {}, {}, 3)
     w.wait()
@@ -124,12 +121,15 @@ def test_only_copies_from_cuda_are_not_waited_for(tmp_path, large, monkeypatch):
 @pytest.mark.parametrize("refused", [False, True])
 def test_pinned_memory_is_as_large_as_what_goes_into_it(monkeypatch, large, refused):
     calls, current = [], []
-    cudart = SimpleNamespace(
-        cudaHostRegister=lambda address, n_bytes, flags: (
-            calls.append(("pin", address, n_bytes)) or int(refused)
-        ),
-        cudaHostUnregister=lambda address: calls.append(("unpin", address)),
-    )
+
+    def register(address, n_bytes, flags):
+        calls.append(("pin", address, n_bytes))
+        return int(refused)
+
+    def unregister(address):
+        calls.append(("unpin", address))
+
+    cudart = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=unregister)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     w, n_bytes = Writer(None, None), 3 * 2**20 + 5

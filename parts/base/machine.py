@@ -15,13 +15,14 @@ import torch
 
 from parts.base.dtypes import DTYPES
 
-# Words of an error that CUDA or torch raises on the first use of a device -> what to tell people.
+# Words of an error that CUDA or torch raises on the first use of a device -> message for the user.
 WHY_NO_CUDA = {
     "not compiled with CUDA": "torch {torch} is built without CUDA; install a CUDA build",
     "driver on your system is too old": "the NVIDIA driver is too old for torch {torch}, "
     "which is built for CUDA {cuda}; update the driver, or install a torch built for an older CUDA",
     "no NVIDIA driver": "no NVIDIA driver was found; install one",
-    "no kernel image": "torch {torch} has no kernels for this GPU, only {has}; install another build",
+    "no kernel image": "torch {torch} has no kernels for this GPU, only {has}; "
+    "install another build",
     "busy or unavailable": "another program has this GPU for itself; wait until it has ended",
     "out of memory": "the memory of the GPU is full; end the programs that nvidia-smi lists",
 }
@@ -42,7 +43,8 @@ def pick_device(name: str) -> torch.device:
     which set_device, NCCL and mem_get_info fail, and becomes the current device.
     Raises ValueError for a device that cannot be used here.
     """
-    wanted, local_rank = name, os.environ.get("LOCAL_RANK", "")
+    wanted = name
+    local_rank = os.environ.get("LOCAL_RANK", "")
     if name == "auto":
         name = _best_device()
     if name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
@@ -57,7 +59,7 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise ValueError(f"--device {wanted}: {_why_not(name, str(e))}, or use --device cpu") from e
     if device.type != "cuda":
-        return torch.device(device.type)  # there is one of them
+        return torch.device(device.type)  # there is only one
     torch.cuda.set_device(probe.device)
     return probe.device
 
@@ -84,10 +86,10 @@ def _why_not(name: str, error: str) -> str:
         found = f"there is no {name}, this machine has {n_gpus} GPU{'s' if n_gpus > 1 else ''}"
         instead = f"--nproc_per_node {n_gpus}" if "LOCAL_RANK" in os.environ else "cuda:0"
         return f"{found}; use {instead}"
-    for words, told in WHY_NO_CUDA.items():
+    for words, message in WHY_NO_CUDA.items():
         if words in error:
             has = ", ".join(torch.cuda.get_arch_list()) or "none"
-            return told.format(torch=torch.__version__, cuda=torch.version.cuda, has=has)
+            return message.format(torch=torch.__version__, cuda=torch.version.cuda, has=has)
     error = " ".join(error.split())[:120]
     return f"{name!r} cannot be used here ({error}); choose another device"
 
@@ -129,7 +131,7 @@ def why_no_compiler(device) -> str | None:
     """
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = os.path.join(cache, "torchinductor")
-    with contextlib.suppress(OSError):  # a home that cannot be written: torch's own folder then
+    with contextlib.suppress(OSError):  # a home that cannot be written: torch uses its own folder
         os.makedirs(folder, exist_ok=True)
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
     try:
@@ -160,12 +162,11 @@ def attention_kernel(n_head: int, head_dim: int, T: int, device, dtype, dropout:
 
 
 def available_memory() -> float:
-    """Bytes of memory that are free or can be freed; more than there can be where the system does not say."""
+    """Bytes of memory that are free or can be freed; infinite if the system does not say."""
     try:
         with open("/proc/meminfo", encoding="ascii") as f:
-            return next(
-                int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable")
-            )
+            lines = (line for line in f if line.startswith("MemAvailable"))
+            return int(next(lines).split()[1]) * 1024
     except (OSError, StopIteration):
         return float("inf")
 

@@ -1,5 +1,5 @@
 """
-Checkpoints written while the training goes on: it stands still for a copy of the tensors, and a thread does the rest.
+Write checkpoints in a thread: the training waits for a copy of the tensors, not for the disk.
 """
 
 from __future__ import annotations
@@ -11,57 +11,70 @@ import torch
 
 from parts.base.machine import available_memory
 
-SMALL = 64e6  # bytes: what is written while the training waits, which takes less than a second
+SMALL = 64e6  # bytes that are written while the training waits; it takes less than a second
+ALIGNMENT = 64  # bytes; each tensor of a copy begins at a multiple
+PAGE = 4096  # bytes
 
 
 class Writer:
     """
-    Calls save(run_dir, step, {file: {name: tensor}}, *rest) in a thread, with copies of the tensors.
+    Calls write(run_dir, step, {file: {name: tensor}}, *rest) in a thread, with copied tensors.
 
-    Small checkpoints and those that somebody waits for are written at once. `tell(step, error)` hears of an OSError.
+    Small checkpoints and those that the caller waits for are written in this thread. An OSError of
+    `write` is reported to tell(step, error).
     """
 
-    def __init__(self, save, tell):
-        self.write, self.tell, self.thread, self.error, self.room = save, tell, None, None, None
+    def __init__(self, write, tell):
+        self.write = write
+        self.tell = tell
+        self.thread = None
+        self.error = None  # raised in the thread
+        self.room = None  # memory for copies
 
     def reserve(self, n_bytes: int, device) -> None:
         """Allocate memory for copies of that many bytes, in a thread: a second per GB."""
         if n_bytes > SMALL:
-            self._start(self._take, n_bytes, device)
+            self._start(self._allocate, n_bytes, device)
 
     def save(self, run_dir, step: int, tensors: dict, *rest, at_once: bool = False) -> bool:
-        """Write one, with tensors as {file: (name, tensor) pairs}, copied before this returns; False where it failed at once."""
+        """
+        Write a checkpoint; returns False if it failed before this returned.
+
+        tensors: {file: (name, tensor) pairs}; they may change as soon as this returns. at_once:
+        return when the checkpoint is on the disk.
+        """
         self.wait()
-        copied, start, on_gpus = {}, 0, set()
+        copied = {}
+        start = 0  # of the next copy
+        gpus = set()
         for file, pairs in tensors.items():
             copied[file] = {}
             for name, tensor in pairs:
-                if (
-                    not at_once
-                    and self.room is not None
-                    and start + tensor.nbytes <= len(self.room)
-                ):
-                    place = (
-                        self.room[start : start + tensor.nbytes]
-                        .view(tensor.dtype)
-                        .view(tensor.shape)
-                    )
-                    on_gpus |= {tensor.device} if tensor.is_cuda else set()
-                    # on mps a copy that nobody waits for may be read before it has arrived
-                    tensor = place.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
-                    start += -(-tensor.nbytes // 64) * 64
-                else:  # small, or written before anything can change
-                    at_once, tensor = True, tensor.detach().cpu()
-                copied[file][name] = tensor
+                tensor = tensor.detach()
+                end = start + tensor.nbytes
+                if at_once or self.room is None or end > len(self.room):
+                    at_once = True  # from here on, so that nothing can change before it is written
+                    copied[file][name] = tensor.cpu()
+                    continue
+                copy = self.room[start:end].view(tensor.dtype).view(tensor.shape)
+                # only from CUDA: on mps a copy that nobody waits for may be read before it arrives
+                copied[file][name] = copy.copy_(tensor, non_blocking=tensor.is_cuda)
+                if tensor.is_cuda:
+                    gpus.add(tensor.device)
+                start += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         if at_once:
             return self._save(run_dir, step, copied, *rest)
-        for device in on_gpus:
+        for device in gpus:
             torch.cuda.synchronize(device)
         self._start(self._save, run_dir, step, copied, *rest)
         return True
 
     def wait(self) -> None:
-        """Until all is written. Raises what went wrong in the thread, but for an OSError, which was told."""
+        """
+        Wait until everything is written.
+
+        Raises what the thread raised, except for an OSError, which was reported to `tell`.
+        """
         if self.thread:
             self.thread.join()
             self.thread = None
@@ -78,14 +91,15 @@ class Writer:
         self.thread = threading.Thread(target=run)
         self.thread.start()
 
-    def _take(self, n_bytes: int, device) -> None:
+    def _allocate(self, n_bytes: int, device) -> None:
+        """Set self.room; without enough memory checkpoints are written while the training waits."""
         if 2 * n_bytes > available_memory():
-            return  # checkpoints are written while the training waits
+            return
         try:
             room = torch.empty(n_bytes, dtype=torch.uint8)
         except (RuntimeError, MemoryError):
             return
-        room[::4096] = 0
+        room[::PAGE] = 0  # the system provides a page when it is first written
         if device.type == "cuda":
             pin(room, device)
         self.room = room
@@ -115,18 +129,24 @@ def pin(room, device) -> bool:
 
 def offloaded_bytes(n_weights: list[int], world: int, pinned: bool) -> int:
     """
-    Bytes of one rank's slices of weights, their gradients and two moments, in fp32.
+    Bytes of one rank's shards of weights, their gradients and two moments, in fp32.
 
-    n_weights: numbers in each tensor. Pinned weights and gradients, for a GPU, take the next power
-    of two each.
+    n_weights: the number of weights in each tensor. Pinned weights and gradients, for a GPU, take
+    the next power of two each.
     """
-    slices = [4 * -(-n // world) for n in n_weights]
-    return sum(2 * n + 2 * (1 << (n - 1).bit_length() if pinned else n) for n in slices)
+    total = 0
+    for n in n_weights:
+        shard = 4 * -(-n // world)
+        total += 2 * shard  # moments
+        total += 2 * (1 << (shard - 1).bit_length() if pinned else shard)
+    return total
 
 
 def enough_memory(need: float, what: str, flag: str) -> None:
-    """Raises ValueError where that many bytes are not to be had."""
-    if need > (free := available_memory()):
+    """Raises ValueError if this machine has not that many bytes of memory free."""
+    free = available_memory()
+    if need > free:
         raise ValueError(
-            f"{flag}: {what} need {need / 1e9:.2f} GB, {free / 1e9:.2f} are free; start on more machines, or take a smaller model"
+            f"{flag}: {what} need {need / 1e9:.2f} GB, {free / 1e9:.2f} are free; "
+            "start on more machines, or take a smaller model"
         )
