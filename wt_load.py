@@ -37,6 +37,8 @@ import torch
 import tyro
 
 from gpt_train import GPT, SIZES, GPTConfig, load_model, shell
+from parts.base.dtypes import DTYPES
+from parts.base.files import fsync, make_folder, read_json, rename_durably, sha256_of
 from parts.cli.config import parse
 from parts.cli.launch import error_line, run_script
 from parts.data.tokenizers import Tokenizer, gpt2_tokenizer
@@ -172,14 +174,10 @@ def open_weights(source: str, n_head: int | None = None) -> Weights:
             for name, shape in bundle.shapes.items()
         }
         kind = "TensorFlow checkpoint"
-        settings = (
-            formats.read_json(path / "hparams.json") if (path / "hparams.json").exists() else {}
-        )
+        settings = _settings(path / "hparams.json")
     elif path.is_dir():
         tensors, kind = formats.read_folder(path), "Hugging Face folder"
-        settings = (
-            formats.read_json(path / "config.json") if (path / "config.json").exists() else {}
-        )
+        settings = _settings(path / "config.json")
     elif path.suffix == ".safetensors":
         tensors, kind = formats.read_safetensors(path), "safetensors file"
     else:
@@ -223,6 +221,11 @@ def open_weights(source: str, n_head: int | None = None) -> Weights:
         None,
     )
     return _fitting(Weights(config, named, tokenizer_at, {"kind": kind, "source": source}), path)
+
+
+def _settings(path: Path) -> dict:
+    """The configuration beside weights, if there is one."""
+    return read_json(path, "download it again, or delete it") if path.exists() else {}
 
 
 def _same_arithmetic(settings: dict, path) -> None:
@@ -309,12 +312,10 @@ def from_hub(name: str) -> Path:
         ) from e
     for file in sorted([*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]):
         blob = file.resolve()  # the cache names large files by their sha256
-        if len(blob.name) == 64:
-            with open(blob, "rb") as f:
-                if hashlib.file_digest(f, "sha256").hexdigest() != blob.name:
-                    raise ValueError(
-                        f"{blob}: differs from its sha256, which is its name; delete it, it is fetched again"
-                    )
+        if len(blob.name) == 64 and sha256_of(blob) != blob.name:
+            raise ValueError(
+                f"{blob}: differs from its sha256, which is its name; delete it, it is fetched again"
+            )
     return folder
 
 
@@ -401,7 +402,7 @@ def export(config: ExportConfig) -> None:
         )
     folder = newest_checkpoint(config.path)
     model, tokenizer, state = load_model(folder, torch.device("cpu"))
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.dtype]
+    dtype = DTYPES[config.dtype]
     tensors = model.state_dict()
     if dtype == torch.float16 and (
         large := [name for name, t in tensors.items() if t.abs().max() > 65504]
@@ -412,13 +413,15 @@ def export(config: ExportConfig) -> None:
     part = target.with_name(f".{target.name}.part")
     _delete(part)
     try:
-        part.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(part.parent)
         {"hf": _to_hf, "gguf": _to_gguf, "nanogpt": _to_nanogpt}[kind](
             part, model.config, tensors, dtype, tokenizer, state
         )
+        for file in part.iterdir() if part.is_dir() else ():
+            fsync(file)
         if target.is_dir():
             _delete(target)
-        os.replace(part, target)
+        rename_durably(part, target)
     finally:
         _delete(part)
     n_bytes = sum(f.stat().st_size for f in ([target] if target.is_file() else target.iterdir()))

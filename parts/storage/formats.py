@@ -11,7 +11,6 @@ Nothing is read but names and shapes until a tensor is asked for, and no file ca
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import reprlib
@@ -23,6 +22,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from parts.base.dtypes import SAFETENSORS_NAMES
+from parts.base.files import read_json
 
 
 @dataclass
@@ -144,7 +146,7 @@ def read_folder(folder) -> dict[str, Stored]:
         index = folder / f"{name}.index.json"
         if not index.exists():
             continue
-        places = read_json(index).get("weight_map")
+        places = read_json(index, "download the folder again").get("weight_map")
         if not isinstance(places, dict) or not all(
             isinstance(f, str) and Path(f).name == f for f in places.values()
         ):
@@ -165,18 +167,6 @@ def read_folder(folder) -> dict[str, Stored]:
     raise ValueError(
         f"{folder}: neither model.safetensors nor pytorch_model.bin, nor an index of parts; give a folder of weights"
     )
-
-
-def read_json(path) -> dict:
-    """A JSON object of a file. Raises ValueError naming it."""
-    _refuse_no_file(path)
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise ValueError(f"{path}: not readable as JSON ({' '.join(str(e).split())[:150]})") from e
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: holds no JSON object")
-    return found
 
 
 # ------------------------------------------------------------------------------------------------------- the names
@@ -270,16 +260,8 @@ def _one_below_the_other(parts: list[Stored], _) -> torch.Tensor:
     return torch.cat([part.read() for part in parts])
 
 
-FLOATS = {
-    "F64",
-    "F32",
-    "F16",
-    "BF16",
-    "torch.float64",
-    "torch.float32",
-    "torch.float16",
-    "torch.bfloat16",
-}
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FLOAT_NAMES = {str(dtype) for dtype in FLOATS} | {SAFETENSORS_NAMES[dtype] for dtype in FLOATS}
 STATED = {
     "n_vocab": "vocab_size",
     "n_positions": "block_size",
@@ -304,7 +286,7 @@ def shape_of(named: dict, stated: dict) -> dict:
         raise ValueError(
             f"there is a block {max(layers)}, but no block {missing[0]}; a part of the weights is missing"
         )
-    if odd := [name for name, t in named.items() if str(t.dtype) not in FLOATS]:
+    if odd := [name for name, t in named.items() if str(t.dtype) not in FLOAT_NAMES]:
         raise ValueError(
             f"{odd[0][:100]} holds {named[odd[0]].dtype}; weights are F64, F32, F16 or BF16, save them as one of these"
         )
