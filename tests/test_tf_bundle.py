@@ -1,4 +1,4 @@
-"""TensorFlow's checkpoints, written here byte by byte as TensorFlow writes them, damaged, and made hostile."""
+"""TensorFlow's checkpoints, written byte by byte as TensorFlow does, damaged, and made hostile."""
 
 import random
 import tracemalloc
@@ -18,7 +18,7 @@ CODES = {
     torch.float16: 19,
 }
 
-# ------------------------------------------------------------------------------------------------- a writer
+# ----------------------------------------------------------------------------------------- a writer
 
 
 def slow_crc32c(data):
@@ -56,17 +56,16 @@ def header(n_files=1, endianness=0):
 
 
 def entry(dtype=1, shape=(), file=0, offset=0, size=4, crc=0, more=b""):
-    dims = b"".join(message(2, number(1, d)) for d in shape)
-    crc_field = varint(8 * 6 + 5) + crc.to_bytes(4, "little")
-    return (
-        number(1, dtype)
-        + message(2, dims)
-        + number(3, file)
-        + number(4, offset)
-        + number(5, size)
-        + crc_field
-        + more
-    )
+    fields = [
+        number(1, dtype),
+        message(2, b"".join(message(2, number(1, d)) for d in shape)),
+        number(3, file),
+        number(4, offset),
+        number(5, size),
+        varint(8 * 6 + 5) + crc.to_bytes(4, "little"),
+        more,
+    ]
+    return b"".join(fields)
 
 
 def block(pairs, restart_every):
@@ -79,16 +78,15 @@ def block(pairs, restart_every):
         else:
             while shared < min(len(key), len(before)) and key[shared] == before[shared]:
                 shared += 1
-        out += (
-            varint(shared) + varint(len(key) - shared) + varint(len(value)) + key[shared:] + value
-        )
+        rest = key[shared:]
+        out += varint(shared) + varint(len(rest)) + varint(len(value)) + rest + value
         before = key
     restarts = restarts or [0]
     return out + b"".join(r.to_bytes(4, "little") for r in [*restarts, len(restarts)])
 
 
 def table(pairs, per_block=4, restart_every=3, compression=0, change=lambda data: data):
-    """The bytes of an .index; `change` may damage a block before its crc is taken."""
+    """The bytes of an .index; `change` may damage a block before its crc is computed."""
     out = b""
 
     def add(data):
@@ -99,19 +97,18 @@ def table(pairs, per_block=4, restart_every=3, compression=0, change=lambda data
         return handle
 
     groups = [pairs[i : i + per_block] for i in range(0, len(pairs), per_block)]
-    handles = [
-        (group[-1][0] + b"\xff", add(change(block(group, restart_every)))) for group in groups
-    ]
+    handles = []
+    for group in groups:
+        handles.append((group[-1][0] + b"\xff", add(change(block(group, restart_every)))))
     footer = add(block([], 1)) + add(block(handles, 1))
     return out + footer.ljust(40, b"\0") + 0xDB4775248B80FB57.to_bytes(8, "little")
 
 
 def raw(tensor):
-    return (
-        tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        if tensor.numel()
-        else b""
-    )
+    """The bytes of a tensor."""
+    if not tensor.numel():
+        return b""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def save(prefix, tensors, n_files=1, **kwargs):
@@ -119,13 +116,9 @@ def save(prefix, tensors, n_files=1, **kwargs):
     data, pairs = [b""] * n_files, [(b"", header(n_files))]
     for i, name in enumerate(sorted(tensors)):
         t, file = tensors[name], i % n_files
-        bytes_ = raw(t)
-        pairs.append(
-            (
-                name.encode(),
-                entry(CODES[t.dtype], t.shape, file, len(data[file]), len(bytes_), masked(bytes_)),
-            )
-        )
+        bytes_, offset = raw(t), len(data[file])
+        place = entry(CODES[t.dtype], t.shape, file, offset, len(bytes_), masked(bytes_))
+        pairs.append((name.encode(), place))
         data[file] += bytes_
     for file, content in enumerate(data):
         prefix.with_name(f"{prefix.name}.data-{file:05d}-of-{n_files:05d}").write_bytes(content)
@@ -136,18 +129,15 @@ def save(prefix, tensors, n_files=1, **kwargs):
 def example():
     """GPT-2's names, which share long beginnings; every type; odd shapes, one of them empty."""
     generator = torch.Generator().manual_seed(0)
-    tensors = {
-        f"model/h{i}/attn/c_attn/{kind}": torch.randn(1, i + 3, 5, generator=generator)
-        for i in range(12)
-        for kind in "bw"
-    }
+    tensors = {"global_step": torch.tensor(2**40), "none": torch.zeros(0, 3)}
+    tensors["model/wte"] = torch.randn(50, 9, generator=generator)
+    for i in range(12):
+        for kind in "bw":
+            t = torch.randn(1, i + 3, 5, generator=generator)
+            tensors[f"model/h{i}/attn/c_attn/{kind}"] = t
     for dtype in CODES:
         tensors[f"of/{dtype}"] = (100 * torch.randn(7, 3, generator=generator)).to(dtype)
-    return tensors | {
-        "global_step": torch.tensor(2**40),
-        "none": torch.zeros(0, 3),
-        "model/wte": torch.randn(50, 9, generator=generator),
-    }
+    return tensors
 
 
 def assert_same(bundle, tensors):
@@ -157,17 +147,15 @@ def assert_same(bundle, tensors):
         assert got.dtype == t.dtype and got.shape == t.shape and raw(got) == raw(t)
 
 
-# --------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 @pytest.mark.parametrize("n_files", [1, 2])
 @pytest.mark.parametrize("per_block, restart_every", [(1, 1), (4, 3), (1000, 16)])
 def test_every_type_comes_back_bit_for_bit(tmp_path, n_files, per_block, restart_every):
     tensors = example()
-    prefix = save(
-        tmp_path / "model.ckpt", tensors, n_files, per_block=per_block, restart_every=restart_every
-    )
-    assert_same(Bundle(prefix), tensors)
+    blocks = {"per_block": per_block, "restart_every": restart_every}
+    assert_same(Bundle(save(tmp_path / "model.ckpt", tensors, n_files, **blocks)), tensors)
 
 
 def test_a_tensor_lives_in_memory_of_its_own(tmp_path):
@@ -196,39 +184,42 @@ def test_crc32c_is_the_known_one_and_equals_a_slow_one():
         assert crc32c(data) == crc32c(data.tobytes()) == slow_crc32c(data.tolist()), size
 
 
+NAMES_A = (
+    'model_checkpoint_path: "a"',
+    'model_checkpoint_path: "/x/y/a"',
+    r'model_checkpoint_path: "C:\\x\\a"',
+)
+NAMES_NOTHING = (
+    b"\xff\0\xfe",
+    b'model_checkpoint_path: "\0"',
+    b'model_checkpoint_path: ".."',
+    b'model_checkpoint_path: "' + b"a" * 9999 + b'"',
+)
+
+
 def test_the_prefix_is_what_checkpoint_names_or_the_only_index(tmp_path):
     assert find_prefix(tmp_path) is None and find_prefix(tmp_path / "nowhere") is None
-    (tmp_path / "checkpoint").write_text(
-        'model_checkpoint_path: "/home/alec/b"\nall_model_checkpoint_paths: "a"\n', encoding="utf-8"
-    )
+    text = 'model_checkpoint_path: "/home/alec/b"\nall_model_checkpoint_paths: "a"\n'
+    (tmp_path / "checkpoint").write_text(text, encoding="utf-8")
     assert find_prefix(tmp_path) is None
     for name in ("a", "model.ckpt"):
         save(tmp_path / name, {"w": torch.ones(1)})
     assert find_prefix(tmp_path) is None  # two, and `checkpoint` names neither
-    for text in (
-        'model_checkpoint_path: "a"',
-        'model_checkpoint_path: "/x/y/a"',
-        r'model_checkpoint_path: "C:\\x\\a"',
-    ):
+    for text in NAMES_A:
         (tmp_path / "checkpoint").write_text(text, encoding="utf-8")
         assert find_prefix(tmp_path) == tmp_path / "a"
-    for hostile in (
-        b"\xff\0\xfe",
-        b'model_checkpoint_path: "\0"',
-        b'model_checkpoint_path: ".."',
-        b'model_checkpoint_path: "' + b"a" * 9999 + b'"',
-    ):
+    for hostile in NAMES_NOTHING:
         (tmp_path / "checkpoint").write_bytes(hostile)
         assert find_prefix(tmp_path) is None
     (tmp_path / "a.index").unlink()
     assert find_prefix(tmp_path) == tmp_path / "model.ckpt"
 
 
-# ------------------------------------------------------------------------------------------ damaged and hostile
+# ------------------------------------------------------------------------------ damaged and hostile
 
 
 def refused(prefix):
-    """The message with which all of a bundle is refused, or None; every other exception is a failure of the test."""
+    """The message with which a bundle is refused, or None if all of it can be read."""
     try:
         bundle = Bundle(prefix)
         for name in bundle.shapes:
@@ -270,40 +261,38 @@ def test_an_index_that_was_changed_with_its_checksums_is_refused_or_read(tmp_pat
         return bytes(data[: rng.randrange(len(data))] if rng.random() < 0.1 else data)
 
     tensors = {f"model/h{i}/w": torch.ones(i, 2) for i in range(4)}
-    outcomes = [
-        refused(save(tmp_path / "model.ckpt", tensors, per_block=5, change=change))
-        for _ in range(500)
-    ]
+    outcomes = []
+    for _ in range(500):
+        outcomes.append(refused(save(tmp_path / "model.ckpt", tensors, per_block=5, change=change)))
     assert sum(o is not None for o in outcomes) > 250 and len(set(outcomes)) > 10
 
 
 HUGE = 2**63
+SLICED = message(7, message(1, number(1, 2)))
+START = (b"", header())
 HOSTILE = {
     "big-endian": [(b"", header(endianness=1))],
     "no header": [(b"w", entry())],
     "has no header": [(b"", header(n_files=0))],
     "header, or its": [(b"", header(n_files=10**18))],
-    "has type 7,": [(b"", header()), (b"w", entry(dtype=7))],
-    "'w' was saved in slices": [
-        (b"", header()),
-        (b"w", entry(more=message(7, message(1, number(1, 2))))),
-    ],
-    "data file 1 of 1": [(b"", header()), (b"w", entry(file=1))],
-    "crc32c; the file is damaged": [(b"", header()), (b"w", entry(crc=1))],
-    "or cut short": [(b"", header()), (b"w", entry(offset=HUGE))],
-    "is damaged or cut short": [(b"", header()), (b"w", entry(shape=(2**40,), size=2**42))],
-    r"cannot be \[3\] of torch.float32 in 4 bytes": [(b"", header()), (b"w", entry(shape=(3,)))],
+    "has type 7,": [START, (b"w", entry(dtype=7))],
+    "'w' was saved in slices": [START, (b"w", entry(more=SLICED))],
+    "data file 1 of 1": [START, (b"w", entry(file=1))],
+    "crc32c; the file is damaged": [START, (b"w", entry(crc=1))],
+    "or cut short": [START, (b"w", entry(offset=HUGE))],
+    "is damaged or cut short": [START, (b"w", entry(shape=(2**40,), size=2**42))],
+    r"cannot be \[3\] of torch.float32 in 4 bytes": [START, (b"w", entry(shape=(3,)))],
     r"cannot be \[18446744073709551612\]": [
-        (b"", header()),
+        START,
         (b"w", entry(shape=(2**64 - 4,), size=2**64 - 16)),
     ],
-    "in 0 bytes": [(b"", header()), (b"w", entry(shape=(2**62, 2**62, 0), size=0))],
-    r"cannot be \[1, 1": [(b"", header()), (b"w", entry(shape=(1,) * 9999))],
-    "cannot be": [(b"", header()), (b"w", entry(shape=(HUGE,) * 9999))],
-    "codec can't decode": [(b"", header()), (b"\xff\xfe", entry())],
-    "impossible entry": [(b"", header()), (b"w" * 100_000, entry())],
-    "field 1 has type 4": [(b"", header()), (b"w", bytes([8 * 1 + 4]))],
-    "damaged; download": [(b"", header()), (b"w", b"\xff" * 30)],
+    "in 0 bytes": [START, (b"w", entry(shape=(2**62, 2**62, 0), size=0))],
+    r"cannot be \[1, 1": [START, (b"w", entry(shape=(1,) * 9999))],
+    "cannot be": [START, (b"w", entry(shape=(HUGE,) * 9999))],
+    "codec can't decode": [START, (b"\xff\xfe", entry())],
+    "impossible entry": [START, (b"w" * 100_000, entry())],
+    "field 1 has type 4": [START, (b"w", bytes([8 * 1 + 4]))],
+    "damaged; download": [START, (b"w", b"\xff" * 30)],
 }
 
 
@@ -328,22 +317,12 @@ def test_a_hostile_table_is_refused(tmp_path):
         Bundle(tmp_path / "model.ckpt")
     save(tmp_path / "model.ckpt", {"w": torch.ones(1)})
     whole, magic = path.read_bytes(), 0xDB4775248B80FB57.to_bytes(8, "little")
-    for footer in (
-        b"\xff" * 40,
-        varint(HUGE) * 4,
-        varint(0) + varint(HUGE) + varint(5) * 2,
-        bytes(40),
-    ):
+    beyond = varint(0) + varint(HUGE) + varint(5) * 2
+    for footer in (b"\xff" * 40, varint(HUGE) * 4, beyond, bytes(40)):
         path.write_bytes(whole[:-48] + footer.ljust(40, b"\0") + magic)
         assert "model.ckpt.index: a block differs" in refused(tmp_path / "model.ckpt")
-    for content in (
-        b"",
-        magic,
-        bytes(9) + magic,
-        b"text\n" * 30,
-        whole[:-1],
-        bytes(2 << 20) + whole,
-    ):
+    too_large = bytes(2 << 20) + whole
+    for content in (b"", magic, bytes(9) + magic, b"text\n" * 30, whole[:-1], too_large):
         path.write_bytes(content)
         assert refused(tmp_path / "model.ckpt")
     path.unlink()
