@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from conftest import one_error_line
-from test_advanced import (
+from training_cases import (
     environment,
     home,  # noqa: F401  a fixture
     metrics,
