@@ -658,9 +658,8 @@ def info(config: InfoConfig) -> None:
     weights = open_weights(config.path, config.n_head)
     c, f = weights.config, weights.facts
     heads = "the head is the embedding" if c.tied else "a head of its own"
-    print(
-        f"{f.get('checkpoint', config.path)}: {f.get('kind', 'checkpoint of ' + str(f.get('script', 'this project')))}"
-    )
+    writer = f"family {f['family']}" if "family" in f else f.get("script", "this project")
+    print(f"{f.get('checkpoint', config.path)}: {f.get('kind', f'checkpoint of {writer}')}")
     shape = f"{c.n_layer} blocks, {c.n_head} heads, width {c.n_embd}, context {c.block_size}, vocabulary {c.vocab_size:,}"
     print(f"model: GPT-2, {shape}, {heads}")
     n_bytes = 4 * count_parameters(c)

@@ -76,7 +76,7 @@ def test_info_says_what_it_is_and_the_line_that_goes_on_goes_on(trained, capsys)
     main(InfoConfig(str(trained / "runs/first"), tensors=True))
     out = capsys.readouterr().out
     for part in (
-        "checkpoint of pretraining_advanced.py",
+        "checkpoint of family gpt",
         "2 blocks, 2 heads, width 64, context 64",
         "step 50, 25,600 tokens",
         "best validation loss",

@@ -151,7 +151,7 @@ def test_what_scoring_refuses(home, tmp_path):
         gpt2: "ids that the checkpoint's tokenizer does not have",
         published(tmp_path / "train", [5, 6, 7], "train"): "has no tokens for validation",
         published(tmp_path / "one", [5]): "the text to score has 1 tokens",
-        broken: f"{broken / 'fineweb_val_000000.bin'}: has 1,100 bytes",
+        broken: f"{broken / 'fineweb_val_000000.bin'}: damaged: 1,100 bytes",
     }.items():
         assert message in refused(sample, "--checkpoint", home / "a", "--eval", given), given
     line = ("--checkpoint", home / "a", "--eval", ROOT / "LICENSE")
