@@ -24,23 +24,89 @@ GPT2_CACHE = SHARED / "data/gpt2/tiktoken_cache"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all", action="store_true", help="also the tests marked full: 14 minutes")
+    parser.addoption("--all", action="store_true", help="every test; without it a short selection")
     parser.addoption("--nightly", action="store_true", help="thirty faults of each kind, not two")
 
 
+# What the default run leaves to --all: file -> its tests, none of them meaning all. A test that
+# stays in spite of that, by its id, is in KEPT.
+FULL = {
+    "faults/test_faults.py": (),
+    "test_advanced.py": (
+        "test_ranks_and_accumulation_are_one_big_batch",
+        "test_another_optimizer_begins_anew_where_that_is_allowed",
+        "test_four_ranks_resumed_equal_straight_to_the_bit",
+        "test_an_older_checkpoint_of_the_run_itself_does_not_undo_what_came_after_it",
+        "test_of_an_attempt_without_a_checkpoint_nothing_is_taken_over",
+        "test_a_damaged_run_json_or_record_does_not_stop_the_run",
+        "test_epochs_on_another_number_of_processes",
+    ),
+    "test_advanced_faults.py": (),
+    "test_archives.py": ("test_hostile_archives",),
+    "test_benchmarks.py": (),
+    "test_compare.py": ("test_damaged_lines_and_a_line_half_written_are_left_out",),
+    "test_corpus.py": ("test_the_english_of_python_is_plenty_and_always_the_same",),
+    "test_cuda.py": ("test_a_run_on_the_cpu_makes_no_cuda_context",),
+    "test_doc_commands.py": (),
+    "test_engines.py": ("test_five_sharding_strategies_train_as_one_process_does",),
+    "test_fsdp.py": (),
+    "test_guard.py": ("test_too_little_memory_on_one_of_two_ranks",),
+    "test_hostile_checkpoints.py": (),
+    "test_hostile_formats.py": (),
+    "test_hostile_safetensors.py": (),
+    "test_notebook_page.py": (),
+    "test_on_gpu.py": (),
+    "test_plan.py": ("test_memory_and_files_of_a_run_are_those_planned",),
+    "test_prep.py": ("test_memory_does_not_grow_with_the_number_of_files",),
+    "test_prep_clean.py": (
+        "test_foreign_books_and_second_editions_are_set_aside",
+        "test_every_real_book_keeps_both_boundary_phrases",
+        "test_odd_text_takes_no_odd_time",
+    ),
+    "test_readme.py": ("test_the_second_command_finds_the_tests",),
+    "test_shards_build.py": ("test_memory_of_a_build_does_not_grow_with_the_text",),
+    "test_simple.py": ("test_a_full_disk_is_a_warning_and_then_the_exit_code",),
+    "test_warm.py": (),
+    "test_wt_load.py": (
+        "test_transformers_to_here_and_back_is_the_same_to_the_bit",
+        "test_loading_takes_hardly_more_memory_than_the_weights",
+    ),
+}
+KEPT = (
+    "test_kill[none]",
+    "test_kill[ddp]",
+    "test_signals[none]",
+    "test_signals[ddp]",
+    "test_every_command_runs_as_it_stands[README.md: Weights in, weights out]",
+    "test_every_command_runs_as_it_stands[docs/how-to-extend.md: A model family]",
+    "test_the_commands_that_do_not_run_here_are_these",
+    "test_slices_train_as_the_whole_model_does[2-2-2]",
+    "test_bad_input_is_one_line_and_leaves_no_run_folder",
+    "test_a_gradient_that_is_not_finite_is_left_out_and_told",
+)
+
+
 def pytest_configure(config):
-    config.addinivalue_line("markers", "full: runs with --all, or if its file is named")
     explicit = config.args_source != pytest.Config.ArgsSource.TESTPATHS
     if not hasattr(config, "workerinput") and (explicit or config.option.nightly):
         config.option.all = True  # the processes of xdist get this option, too
 
 
+def is_full(item) -> bool:
+    """Whether a test runs with --all only."""
+    file = item.path.relative_to(ROOT / "tests").as_posix()
+    names = FULL.get(file)
+    if names is None or item.name in KEPT or item.originalname in KEPT:
+        return False
+    return not names or item.originalname in names
+
+
 def pytest_collection_modifyitems(config, items):
     if config.option.all:
         return
-    full = {item for item in items if item.get_closest_marker("full")}
-    config.hook.pytest_deselected(items=list(full))
-    items[:] = [item for item in items if item not in full]
+    full = [item for item in items if is_full(item)]
+    config.hook.pytest_deselected(items=full)
+    items[:] = [item for item in items if not is_full(item)]
 
 
 def shared(path: str) -> Path:

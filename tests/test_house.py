@@ -3,6 +3,7 @@
 import ast
 import re
 
+import conftest
 import pytest
 from conftest import ROOT, run
 
@@ -77,6 +78,16 @@ def test_arrows(path):
         assert ours <= {"pretraining_advanced", "recipes", *ARROWS["pretraining_advanced"]}
         others = [name for name in names if name.startswith("recipes.")]
         assert all(name.split(".")[1] == system for name in others), f"{path}: another recipe"
+
+
+def test_every_name_in_the_list_of_long_tests_is_that_of_a_test():
+    sources = {file: (ROOT / "tests" / file).read_text(encoding="utf-8") for file in conftest.FULL}
+    for file, names in conftest.FULL.items():
+        for name in names:
+            assert f"def {name}(" in sources[file], f"{file}: {name}"
+    for kept in conftest.KEPT:
+        name = kept.split("[")[0]
+        assert any(f"def {name}(" in source for source in sources.values()), kept
 
 
 def test_train_is_at_most_150_lines_and_other_functions_of_the_trainer_80():
