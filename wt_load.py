@@ -1,24 +1,27 @@
 """
-Weights in and out, and looking into checkpoints.
+Convert weights from and to other formats, and inspect checkpoints.
 
-    python wt_load.py import hf:gpt2 runs/gpt2                # GPT-2 from the hub or its cache, as a run to sample from and go on with
-    python wt_load.py import FOLDER_OR_FILE runs/theirs       # Hugging Face, OpenAI's TensorFlow files, nanoGPT, LLMs-from-scratch
-    python wt_load.py export runs/advanced --to hf exported   # opens in AutoModelForCausalLM; also: gguf FILE, nanogpt FILE
-    python wt_load.py info runs/advanced                      # what it is, how far, how to go on (any of the formats above)
-    python wt_load.py verify runs/advanced                    # hashes, shapes, finite values; a hash of the weights in the last line
-    python wt_load.py list runs/advanced                      # all its checkpoints
-    python wt_load.py diff runs/a runs/b                      # which tensors differ, by how much
-    python wt_load.py average runs/a runs/b --out runs/mean   # the mean of their weights, as a run
+    python wt_load.py import hf:gpt2 runs/gpt2               # GPT-2 from the hub or its cache
+    python wt_load.py import PATH runs/theirs                # Hugging Face, OpenAI's TensorFlow
+                                                             # files, nanoGPT, LLMs-from-scratch
+    python wt_load.py export runs/advanced --to hf exported  # opens in AutoModelForCausalLM;
+                                                             # also: gguf FILE, nanogpt FILE
+    python wt_load.py info runs/advanced                     # model, progress, how to resume
+    python wt_load.py verify runs/advanced                   # hashes, shapes, finite values
+    python wt_load.py list runs/advanced                     # all its checkpoints
+    python wt_load.py diff runs/a runs/b                     # which tensors differ, by how much
+    python wt_load.py average runs/a runs/b --out runs/mean  # the mean of their weights, as a run
 
-A run folder stands for its newest good checkpoint. Nothing here runs code from a file; only import, export and average write, each
-into a new place that is renamed when it is whole. Seconds per GB, and 1.1 times the weights of memory.
+An import is a run folder, to sample from or to train further. A run folder means its newest good
+checkpoint; info, verify and diff also read the formats that import reads. No code from a file runs.
+Only import, export and average write, each to a new place that is renamed when it is complete.
+Takes seconds per GB, and 1.1 times the memory of the weights.
 """
 
 from __future__ import annotations
 
-if (
-    __name__ == "__main__"
-):  # before torch is imported, so that Ctrl-C in those seconds leaves no traceback
+# before torch is imported, so that Ctrl-C in those seconds leaves no traceback
+if __name__ == "__main__":
     from parts.cli.launch import quiet_ctrl_c
 
     quiet_ctrl_c()
@@ -52,42 +55,44 @@ from parts.storage.checkpoint import (
     step_of,
     verify_checkpoint,
 )
-from parts.storage.tf_bundle import Bundle, find_prefix
+from parts.storage.formats import Stored
+from parts.storage.tf_bundle import find_prefix
 from parts.training.plan import count_parameters
+
+# ------------------------------------------------------------------------------------ configuration
 
 Path_ = tyro.conf.Positional[str]
 
 
 @dataclass
 class VerifyConfig:
-    """Compare a checkpoint with its hashes, look at each value; the last line printed is the sha256 of its weights."""
+    """Check hashes, shapes and values of a checkpoint; the last line is a hash of its weights."""
 
-    path: Path_  # run folder (its newest checkpoint), checkpoint folder, or weights of another project
-    n_head: int | None = None  # attention heads, where neither the file nor its size tells
+    path: Path_  # run folder (its newest checkpoint), checkpoint folder, or weights of others
+    n_head: int | None = None  # attention heads, if neither file nor size tells
     debug: bool = False  # show the traceback of an error
 
 
 @dataclass
 class InfoConfig(VerifyConfig):
-    """Say what a checkpoint is: its model, how far it was trained, on what, how to go on and how to sample."""
+    """Describe a checkpoint: its model, its progress and data, how to resume and how to sample."""
 
-    tensors: bool = False  # list every tensor, too
+    tensors: bool = False  # also list every tensor
 
 
 @dataclass
 class ListConfig(VerifyConfig):
-    """List the checkpoints of a run, damaged ones too."""
+    """List the checkpoints of a run, including damaged ones."""
 
 
 @dataclass
 class ImportConfig:
-    """Make a run of weights from elsewhere: sample from it, score it, go on with it (--init_from of pretraining_advanced.py)."""
+    """Convert weights into a run, to sample from, score, or train further (with --init_from)."""
 
-    source: Path_  # hf:NAME of the hub, a Hugging Face or TensorFlow folder, or a .safetensors, .bin, .pt or .pth file
-    run_dir: Path_  # run folder to make
-    # folder or file with the tokenizer; None: the source's own, else GPT-2's
-    tokenizer: str | None = None
-    n_head: int | None = None  # attention heads, where neither the source nor its size tells
+    source: Path_  # hf:NAME, a Hugging Face or TensorFlow folder, or a safetensors or torch file
+    run_dir: Path_  # run folder to write
+    tokenizer: str | None = None  # folder or file; None: the source's, otherwise GPT-2's
+    n_head: int | None = None  # attention heads, if neither file nor size tells
     debug: bool = False  # show the traceback of an error
 
 
@@ -98,246 +103,220 @@ class ExportConfig:
     path: Path_  # run folder (its newest checkpoint) or checkpoint folder
     to: tuple[Literal["hf", "gguf", "nanogpt"], str]  # hf FOLDER, gguf FILE or nanogpt FILE
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the weights written
-    force: bool = False  # write over what is there
+    force: bool = False  # overwrite an earlier export
     debug: bool = False  # show the traceback of an error
 
 
 @dataclass
 class DiffConfig:
-    """Compare the weights of two checkpoints, of whatever formats."""
+    """Compare the weights of two checkpoints, in any formats."""
 
     a: Path_  # the first
     b: Path_  # the second
-    n_head: int | None = None  # attention heads, where neither file nor size tells
+    n_head: int | None = None  # attention heads, if neither file nor size tells
     debug: bool = False  # show the traceback of an error
 
 
 @dataclass
 class AverageConfig:
-    """The mean of several checkpoints of one model, as a run (Izmailov et al. 2018: along one run it is often the better model)."""
+    """
+    Average several checkpoints of one model, as a new run.
+
+    Along one run the mean is often the better model (Izmailov et al. 2018).
+    """
 
     paths: tyro.conf.Positional[tuple[str, ...]]  # two or more run or checkpoint folders
-    out: str  # run folder to make
+    out: str  # run folder to write
     debug: bool = False  # show the traceback of an error
 
 
-# ----------------------------------------------------------------------------------------------------------- in
+# ------------------------------------------------------------------------------------------ reading
 
 
 @dataclass
 class Weights:
-    """A GPT from anywhere: its shape, its tensors by our names, its tokenizer if one lies there, and what else is known."""
+    """A GPT in any format."""
 
     config: GPTConfig
-    tensors: dict[str, formats.Stored]
-    tokenizer_at: Path | None
-    facts: dict
+    tensors: dict[str, Stored]  # by our names
+    tokenizer_path: Path | None  # a tokenizer beside the weights
+    facts: dict  # trainer state of a checkpoint of this project, or "kind" and "source" of another
 
 
 def open_weights(source: str, n_head: int | None = None) -> Weights:
     """
-    What `source` holds, as a GPT; reads names and shapes, no tensor but an output head that may be the embedding.
+    The GPT at `source`: a run or checkpoint folder, weights of another project, or hf:NAME.
 
-    Raises FileNotFoundError or ValueError: no weights, damaged, another family, or the list of every tensor that does not fit.
+    Reads names and shapes only, and an output head that may be the embedding. Raises
+    FileNotFoundError or ValueError if there are no weights, if they are damaged or of another
+    family, and with a list of all tensors that do not fit.
     """
     path = from_hub(source.removeprefix("hf:")) if source.startswith("hf:") else Path(source)
     if not os.path.lexists(path):
         raise FileNotFoundError(
-            f"{path}: does not exist; give a run folder, weights of another project, or hf:NAME of the hub"
+            f"{path}: does not exist; give a run folder, weights of another project, or hf:NAME"
         )
     if os.path.lexists(path / "MANIFEST.json") or (path / "checkpoints").is_dir():
-        folder = newest_checkpoint(path)
-        tensors, state = load_checkpoint(folder)
-        try:
-            config = GPTConfig(**state["model_config"])
-            formats.shape_of(tensors, asdict(config))
-        except (KeyError, TypeError, ValueError) as e:
-            raise ValueError(
-                f"{folder}: holds no GPT of this project ({error_line(e)[:300]})"
-            ) from e
-        named = {
-            name: formats.Stored(tuple(t.shape), lambda _, t=t: t.detach(), str(t.dtype))
-            for name, t in tensors.items()
-        }
-        return _fitting(
-            Weights(config, named, folder, {"checkpoint": str(folder), **state}), folder
-        )
-    settings, folder = {}, path if path.is_dir() else path.parent
-    if path.is_dir() and (prefix := find_prefix(path)):
-        bundle = Bundle(prefix)
-        tensors = {
-            name: formats.Stored(
-                shape,
-                lambda turned, name=name: formats.in_memory(bundle.tensor(name), turned),
-                str(bundle.dtypes[name]),
-            )
-            for name, shape in bundle.shapes.items()
-        }
-        kind = "TensorFlow checkpoint"
-        settings = _settings(path / "hparams.json")
-    elif path.is_dir():
-        tensors, kind = formats.read_folder(path), "Hugging Face folder"
-        settings = _settings(path / "config.json")
-    elif path.suffix == ".safetensors":
-        tensors, kind = formats.read_safetensors(path), "safetensors file"
-    else:
-        (tensors, settings), kind = formats.read_torch(path), "torch file"
-    _same_arithmetic(settings, path)
+        return _open_checkpoint(newest_checkpoint(path))
+    tensors, settings, kind = _read_format(path)
+    _check_arithmetic(settings, path)
     try:
         named = formats.our_names(tensors)
         shape = formats.shape_of(named, settings)
-        H = (
-            settings.get("n_head")
-            or n_head
-            or {(L, C): H for L, H, C in SIZES.values()}.get((shape["n_layer"], shape["n_embd"]))
-        )
-        if not isinstance(H, int):
-            what = f"{shape['n_layer']} blocks of width {shape['n_embd']} may have any number of attention heads"
-            raise ValueError(f"{what}, and n_head is {reprlib.repr(H)}; say how many by --n_head")
-        config = GPTConfig(**shape, n_head=H)
+        config = GPTConfig(**shape, n_head=_n_head(shape, settings, n_head))
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
-    head = named.get("lm_head.weight")
-    if (
-        head
-        and head.shape == named["wte.weight"].shape
-        and torch.equal(head.read(), named["wte.weight"].read())
-    ):
-        config.tied = True
+    config.tied = config.tied or _head_is_embedding(named)
     if config.tied:
         named.pop("lm_head.weight", None)
-    if settings.get("bias") is False:  # nanoGPT's option: a bias of zeros is the same model
-        for name in [n for n in named if n.endswith(".weight") and n.startswith(("h.", "ln_f"))]:
-            n = named[name].shape[:1]
-            named.setdefault(
-                name.replace(".weight", ".bias"), formats.Stored(n, lambda _, n=n: torch.zeros(n))
-            )
-    tokenizer_at = next(
-        (
-            folder / n
-            for n in ("tokenizer.json", "vocab.bpe", "merges.txt")
-            if (folder / n).exists()
-        ),
-        None,
-    )
-    return _fitting(Weights(config, named, tokenizer_at, {"kind": kind, "source": source}), path)
+    if settings.get("bias") is False:  # nanoGPT's option: the same model with biases of zero
+        for name in list(named):
+            if name.endswith(".weight") and name.startswith(("h.", "ln_f")) and named[name].shape:
+                bias = name.removesuffix("weight") + "bias"
+                named.setdefault(bias, formats.zeros(named[name].shape[0]))
+    _check_tensors(config, named, path)
+    folder = path if path.is_dir() else path.parent
+    names = ("tokenizer.json", "vocab.bpe", "merges.txt")
+    tokenizer_path = next((folder / name for name in names if (folder / name).exists()), None)
+    return Weights(config, named, tokenizer_path, {"kind": kind, "source": source})
 
 
-def _settings(path: Path) -> dict:
-    """The configuration beside weights, if there is one."""
+def _open_checkpoint(folder: Path) -> Weights:
+    """The GPT in a checkpoint folder of this project that was verified."""
+    tensors, state = load_checkpoint(folder)
+    try:
+        config = GPTConfig(**state["model_config"])
+        formats.shape_of(tensors, asdict(config))
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{folder}: holds no GPT of this project ({error_line(e)[:300]})") from e
+    named = {}
+    for name, t in tensors.items():
+        named[name] = Stored(tuple(t.shape), lambda _transposed, t=t: t.detach(), str(t.dtype))
+    _check_tensors(config, named, folder)
+    return Weights(config, named, folder, {"checkpoint": str(folder), **state})
+
+
+def _read_format(path: Path) -> tuple[dict[str, Stored], dict, str]:
+    """(tensors, configuration beside them, name of the format) of weights of another project."""
+    if path.is_dir() and (prefix := find_prefix(path)):
+        settings = _read_settings(path / "hparams.json")
+        return formats.read_tensorflow(prefix), settings, "TensorFlow checkpoint"
+    if path.is_dir():
+        settings = _read_settings(path / "config.json")
+        return formats.read_folder(path), settings, "Hugging Face folder"
+    if path.suffix == ".safetensors":
+        return formats.read_safetensors(path), {}, "safetensors file"
+    return *formats.read_torch(path), "torch file"
+
+
+def _read_settings(path: Path) -> dict:
     return read_json(path, "download it again, or delete it") if path.exists() else {}
 
 
-def _same_arithmetic(settings: dict, path) -> None:
+# what the forward pass of our GPT does; a configuration without the setting means its default
+ARITHMETIC = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}
+
+
+def _check_arithmetic(settings: dict, path) -> None:
     """Refuse a configuration that computes something else from the same tensors."""
-    if settings.get("model_type", "gpt2") != "gpt2":
-        kind = reprlib.repr(settings["model_type"])
+    family = settings.get("model_type", "gpt2")
+    if family != "gpt2":
+        what = f"a model of type {reprlib.repr(family)}, not gpt2"
+        raise ValueError(f"{path}: {what}; use a recipe for other families")
+    for name, supported in ARITHMETIC.items():
+        value = settings.get(name, supported[0])
+        if value not in supported:
+            what = f"{name} is {reprlib.repr(value)}, this GPT computes with {supported[0]!r}"
+            raise ValueError(f"{path}: {what}; use weights trained with that")
+
+
+def _n_head(shape: dict, settings: dict, n_head: int | None) -> int:
+    L, C = shape["n_layer"], shape["n_embd"]
+    by_size = {(n_layer, n_embd): H for n_layer, H, n_embd in SIZES.values()}
+    H = settings.get("n_head") or n_head or by_size.get((L, C))
+    if not isinstance(H, int):
         raise ValueError(
-            f"{path}: a model of type {kind}; this GPT is GPT-2's, other families are for the recipes"
+            f"{L} blocks of width {C} may have any number of attention heads, "
+            f"and n_head is {reprlib.repr(H)}; give --n_head"
         )
-    for name, same in {
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-        "layer_norm_epsilon": (1e-5,),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
-    }.items():
-        if settings.get(name, same[0]) not in same:
-            raise ValueError(
-                f"{path}: {name} is {reprlib.repr(settings[name])}, this GPT has {same[0]!r}; its output would differ"
-            )
+    return H
 
 
-def _fitting(weights: Weights, where) -> Weights:
-    # all blocks are alike, and ten thousand would be built for minutes
-    expected = {
-        name: tuple(t.shape)
-        for name, t in shell(replace(weights.config, n_layer=1)).state_dict().items()
-    }
-    block = {
-        name.removeprefix("h.0."): expected.pop(name)
-        for name in list(expected)
-        if name.startswith("h.0.")
-    }
-    expected |= {
-        f"h.{i}.{name}": shape
-        for i in range(weights.config.n_layer)
-        for name, shape in block.items()
-    }
-    if wrong := formats.differences(weights.tensors, expected):
-        raise ValueError(f"{where}: does not fit a GPT-2 of its size: {'; '.join(wrong)}")
-    return weights
+def _head_is_embedding(named: dict[str, Stored]) -> bool:
+    head, embedding = named.get("lm_head.weight"), named["wte.weight"]
+    if head is None or head.shape != embedding.shape:
+        return False
+    return torch.equal(head.read(), embedding.read())
+
+
+def _check_tensors(config: GPTConfig, named: dict[str, Stored], path) -> None:
+    """Raises ValueError with a list of the tensors that do not fit the config."""
+    # All blocks have the same shapes; building thousands of them would take minutes.
+    shapes = shell(replace(config, n_layer=1)).state_dict()
+    block = [name.removeprefix("h.0.") for name in shapes if name.startswith("h.0.")]
+    expected = {name: tuple(t.shape) for name, t in shapes.items() if not name.startswith("h.0.")}
+    for i in range(config.n_layer):
+        expected |= {f"h.{i}.{name}": tuple(shapes[f"h.0.{name}"].shape) for name in block}
+    if wrong := formats.differences(named, expected):
+        raise ValueError(f"{path}: does not fit a GPT-2 of its size: {'; '.join(wrong)}")
 
 
 def load_gpt(source: str, n_head: int | None = None) -> GPT:
-    """The model of weights from anywhere, in fp32 and eval mode, on the CPU. Never more memory than its weights and one tensor."""
+    """
+    The model of weights in any format, in fp32 and eval mode, on the CPU.
+
+    Never takes more memory than the weights and one tensor.
+    """
     weights = open_weights(source, n_head)
     model = shell(weights.config)
-    model.load_state_dict(
-        {name: weights.tensors[name].read().float() for name in model.state_dict()}, assign=True
-    )
+    tensors = {name: weights.tensors[name].read().float() for name in model.state_dict()}
+    model.load_state_dict(tensors, assign=True)
     return model.eval()
 
 
 def from_hub(name: str) -> Path:
     """
-    The folder of a model in the standard hub cache; downloaded and resumed by the hub's own library if it is not there.
+    The folder of a model in the hub's cache, downloaded by the hub's library if it is not there.
 
-    Raises ValueError where it cannot be had, or where a file differs from the sha256 that the hub names it by.
+    Raises ValueError if it is not available, or if a file differs from the sha256 in its name.
     """
-    import huggingface_hub  # here: only this needs it
+    from huggingface_hub import snapshot_download  # only this function needs it
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    wanted = ["config.json", "tokenizer.json", "merges.txt", "vocab.bpe"]
+    def download(weights: str) -> Path:
+        files = ["config.json", "tokenizer.json", "merges.txt", "vocab.bpe", weights]
+        return Path(snapshot_download(name, allow_patterns=files, etag_timeout=10))
+
     try:
         try:
-            folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+            folder = Path(snapshot_download(name, local_files_only=True))
             formats.read_folder(folder)
-        except (LocalEntryNotFoundError, ValueError):  # not there, or not all of it
-            folder = Path(
-                huggingface_hub.snapshot_download(
-                    name, allow_patterns=[*wanted, "model*.safetensors*"], etag_timeout=10
-                )
-            )
+        except (LocalEntryNotFoundError, ValueError):  # not in the cache, or not all of it
+            folder = download("model*.safetensors*")
             if not any(folder.glob("model*.safetensors*")):
-                folder = Path(
-                    huggingface_hub.snapshot_download(
-                        name, allow_patterns=[*wanted, "pytorch_model*.bin*"], etag_timeout=10
-                    )
-                )
-    except Exception as e:  # noqa: BLE001  the hub's client raises errors of whatever http library it uses
-        why = " ".join(str(e).split())[:150]
+                folder = download("pytorch_model*.bin*")
+    except Exception as e:  # noqa: BLE001  errors of whatever http library the hub's client uses
+        reason = " ".join(str(e).split())[:150]
         raise ValueError(
-            f"hf:{name}: not in the hub's cache here, and the hub gives nothing ({why}); give a folder instead"
+            f"hf:{name}: not in the hub's cache, and not available from the hub ({reason}); "
+            "give a folder instead"
         ) from e
     for file in sorted([*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]):
-        blob = file.resolve()  # the cache names large files by their sha256
+        blob = file.resolve()  # the cache names large files after their sha256
         if len(blob.name) == 64 and sha256_of(blob) != blob.name:
             raise ValueError(
-                f"{blob}: differs from its sha256, which is its name; delete it, it is fetched again"
+                f"{blob}: differs from the sha256 in its name; delete it and run the import again"
             )
     return folder
 
 
-def tokenizer_of(weights: Weights, spec: str | None) -> Tokenizer:
-    """The tokenizer named, else the source's own, else GPT-2's. Raises ValueError where it has more tokens than the model."""
-    V = weights.config.vocab_size
-    if spec or weights.tokenizer_at:
-        tokenizer = Tokenizer.load(spec or weights.tokenizer_at)
-    elif V in (50257, 50304):  # GPT-2's, and nanoGPT's, which is filled up to a multiple of 64
-        try:
-            tokenizer = gpt2_tokenizer()
-        except OSError as e:
-            what = f"the source has no tokenizer, and GPT-2's is neither in tiktoken's cache nor reachable ({error_line(e)})"
-            raise ValueError(f"--tokenizer: {what}; give a folder or file with one") from e
-    else:
-        raise ValueError(
-            f"--tokenizer: the source has none for its vocabulary of {V:,}; give a tokenizer.json or merges.txt"
-        )
-    if tokenizer.vocab_size > V or (tokenizer.vocab_size < V - 64 and not spec):
-        what = f"the tokenizer has {tokenizer.vocab_size:,} ids, the model a vocabulary of {V:,}"
-        raise ValueError(f"--tokenizer: {what}; give the tokenizer that it was trained with")
-    return tokenizer
+# ------------------------------------------------------------------------------------------- import
 
 
 def import_weights(config: ImportConfig) -> None:
@@ -352,71 +331,83 @@ def import_weights(config: ImportConfig) -> None:
         "tokens": 0,
         "model_config": asdict(weights.config),
         "tokenizer": tokenizer.fingerprint,
-    }
-    state |= {
         "imported_from": config.source,
         "kind": weights.facts.get("kind", "checkpoint of this project"),
     }
-    folder = save_checkpoint(
-        config.run_dir,
-        0,
-        {"model.safetensors": tensors},
-        state,
-        {"tokenizer.json": tokenizer.to_json()},
-        1,
-    )
-    print(
-        f"{folder}: {count_parameters(weights.config):,} parameters from {config.source}, tokenizer {tokenizer.name}"
-    )
+    files = {"tokenizer.json": tokenizer.to_json()}
+    folder = save_checkpoint(config.run_dir, 0, {"model.safetensors": tensors}, state, files, 1)
+    n = count_parameters(weights.config)
+    print(f"{folder}: {n:,} parameters from {config.source}, tokenizer {tokenizer.name}")
     print(f"python gpt_train.py --checkpoint {config.run_dir} --prompt 'Once'")
 
 
 def refuse_existing(run_dir: str) -> None:
-    """Raises ValueError where a file or a folder with something in it is in the way."""
+    """Raises ValueError if the path is a file, or a folder that is not empty."""
     if os.path.isfile(run_dir) or (os.path.isdir(run_dir) and os.listdir(run_dir)):
-        raise ValueError(f"{run_dir}: is there already; name another run folder, or move it away")
+        raise ValueError(f"{run_dir}: exists already; name another run folder, or move it away")
 
 
-# ---------------------------------------------------------------------------------------------------------- out
+def tokenizer_of(weights: Weights, spec: str | None) -> Tokenizer:
+    """
+    The tokenizer `spec`, otherwise the one beside the weights, otherwise GPT-2's.
+
+    Raises ValueError if its vocabulary does not fit the model.
+    """
+    V = weights.config.vocab_size
+    if spec or weights.tokenizer_path:
+        tokenizer = Tokenizer.load(spec or weights.tokenizer_path)
+    elif V in (50257, 50304):  # GPT-2's; nanoGPT pads it to a multiple of 64
+        try:
+            tokenizer = gpt2_tokenizer()
+        except OSError as e:
+            raise ValueError(
+                "--tokenizer: the source has none, and GPT-2's is neither in tiktoken's cache nor "
+                f"reachable ({error_line(e)}); give a folder or file with one"
+            ) from e
+    else:
+        raise ValueError(
+            f"--tokenizer: the source has none for its vocabulary of {V:,}; "
+            "give a tokenizer.json or merges.txt"
+        )
+    if tokenizer.vocab_size > V or (tokenizer.vocab_size < V - 64 and not spec):
+        raise ValueError(
+            f"--tokenizer: the tokenizer has {tokenizer.vocab_size:,} ids, the model a vocabulary "
+            f"of {V:,}; give the tokenizer that the model was trained with"
+        )
+    return tokenizer
+
+
+# ------------------------------------------------------------------------------------------- export
+
+EXPORTED = {  # files of an export to hf
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "README.md",
+}
+LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) at Hugging Face
+MAX_FP16 = 65504
 
 
 def export(config: ExportConfig) -> None:
-    """Write a checkpoint in another format, beside its name first, renamed when it is whole."""
+    """Write a checkpoint in another format, under a temporary name that is renamed at the end."""
     kind, target = config.to[0], Path(config.to[1])
-    if (
-        not config.force
-        and os.path.lexists(target)
-        and not (target.is_dir() and not any(target.iterdir()))
-    ):
-        raise ValueError(
-            f"--to: {target} is there already; name another place, or add --force to write over it"
-        )
-    if config.force and target.is_dir() != (kind == "hf") and target.exists():
-        there, wanted = ("folder", "file") if target.is_dir() else ("file", "folder")
-        raise ValueError(
-            f"--to: {target} is a {there}, {kind} writes a {wanted}; name another place"
-        )
-    if target.is_dir() and (others := {f.name for f in target.iterdir()} - EXPORTED):
-        raise ValueError(
-            f"--to: {target} holds {min(others)}, too, which would be deleted; name another place"
-        )
+    _check_target(kind, target, config.force)
     folder = newest_checkpoint(config.path)
     model, tokenizer, state = load_model(folder, torch.device("cpu"))
-    dtype = DTYPES[config.dtype]
-    tensors = model.state_dict()
-    if dtype == torch.float16 and (
-        large := [name for name, t in tensors.items() if t.abs().max() > 65504]
-    ):
-        raise ValueError(
-            f"--dtype fp16: {large[0]} has values beyond 65504, the largest of fp16; use bf16 or fp32"
-        )
+    dtype, tensors = DTYPES[config.dtype], model.state_dict()
+    for name, t in tensors.items() if config.dtype == "fp16" else ():
+        if t.abs().max() > MAX_FP16:
+            what = f"{name} has values beyond {MAX_FP16}, the largest of fp16"
+            raise ValueError(f"--dtype fp16: {what}; use bf16 or fp32")
     part = target.with_name(f".{target.name}.part")
     _delete(part)
+    write = {"hf": _to_hf, "gguf": _to_gguf, "nanogpt": _to_nanogpt}[kind]
     try:
         make_folder(part.parent)
-        {"hf": _to_hf, "gguf": _to_gguf, "nanogpt": _to_nanogpt}[kind](
-            part, model.config, tensors, dtype, tokenizer, state
-        )
+        write(part, model.config, tensors, dtype, tokenizer, state)
         for file in part.iterdir() if part.is_dir() else ():
             fsync(file)
         if target.is_dir():
@@ -428,23 +419,26 @@ def export(config: ExportConfig) -> None:
     print(f"{target}: step {state['step']} of {folder}, {config.dtype}, {n_bytes:,} bytes")
 
 
+def _check_target(kind: str, target: Path, force: bool) -> None:
+    """Raises ValueError if an export would overwrite what it must not."""
+    is_empty_folder = target.is_dir() and not any(target.iterdir())
+    if os.path.lexists(target) and not is_empty_folder and not force:
+        raise ValueError(
+            f"--to: {target} exists already; name another place, or add --force to overwrite it"
+        )
+    if force and target.exists() and target.is_dir() != (kind == "hf"):
+        found, needed = ("folder", "file") if target.is_dir() else ("file", "folder")
+        raise ValueError(
+            f"--to: {target} is a {found}, {kind} writes a {needed}; name another place"
+        )
+    if target.is_dir() and (others := {f.name for f in target.iterdir()} - EXPORTED):
+        raise ValueError(
+            f"--to: {target} also holds {min(others)}, which would be deleted; name another place"
+        )
+
+
 def _delete(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-EXPORTED = {
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "README.md",
-}
-LINEAR = (
-    "c_attn.weight",
-    "c_proj.weight",
-    "c_fc.weight",
-)  # (in, out) at Hugging Face, (out, in) here
 
 
 def _to_hf(
@@ -453,96 +447,87 @@ def _to_hf(
     from safetensors.torch import save_file
 
     folder.mkdir()
-    c = config
-    named = {
-        name if name == "lm_head.weight" else f"transformer.{name}": t.t()
-        if name.endswith(LINEAR)
-        else t
-        for name, t in tensors.items()
-    }
-    save_file(
-        {name: t.to(dtype).contiguous() for name, t in named.items()},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    (folder / "model.safetensors").chmod(0o644)  # the library makes it readable for one user only
+    named = {}
+    for name, t in tensors.items():
+        theirs = name if name == "lm_head.weight" else f"transformer.{name}"
+        t = t.t() if name.endswith(LINEAR) else t
+        named[theirs] = t.to(dtype).contiguous()
+    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # the library makes it readable for its owner only
     ids = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
     settings = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "dtype": str(dtype).removeprefix("torch."),
         **ids,
-    }
-    settings |= {
-        "vocab_size": c.vocab_size,
-        "n_positions": c.block_size,
-        "n_embd": c.n_embd,
-        "n_layer": c.n_layer,
-        "n_head": c.n_head,
-    }
-    settings |= {
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
         "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,
-        "tie_word_embeddings": c.tied,
+        "tie_word_embeddings": config.tied,
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
     }
-    settings |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
-    words = {
+    tokenizer_settings = {
         "bos_token": tokenizer.eot_text,
         "eos_token": tokenizer.eot_text,
         "unk_token": tokenizer.eot_text,
-    }
-    words |= {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": c.block_size,
+        "model_max_length": config.block_size,
         "clean_up_tokenization_spaces": False,
     }
-    contents = {
+    for name, value in {
         "config.json": settings,
-        "tokenizer_config.json": words,
+        "tokenizer_config.json": tokenizer_settings,
         "generation_config.json": {**ids, "pad_token_id": tokenizer.eot},
-    }
-    for name, value in contents.items():
+    }.items():
         (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     (folder / "tokenizer.json").write_bytes(tokenizer.to_json())
     (folder / "README.md").write_text(model_card(config, tokenizer, state), encoding="utf-8")
 
 
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# A GPT-2
+
+| | |
+|---|---|
+{rows}
+Begin a document with {eot}: in training it came before each one.
+"""
+
+
 def model_card(config: GPTConfig, tokenizer: Tokenizer, state: dict) -> str:
-    """Facts of a checkpoint for people, as Hugging Face's README.md; what is not known is not said."""
+    """The README.md of an export: facts of a checkpoint; unknown ones are left out."""
     settings, best = state.get("config", {}), state.get("best") or {}
     facts = {
         "parameters": f"{count_parameters(config):,}",
         "steps": f"{state['step']:,}",
         "tokens seen": f"{state.get('tokens', 0):,}",
     }
-    facts |= (
-        {"validation loss (nats per token)": f"{best['val_loss']:.4f} at step {best['step']:,}"}
-        if best.get("val_loss")
-        else {}
-    )
-    facts |= (
-        {
-            "text": " ".join(
-                str(settings[k]) for k in ("dataset_name", "dataset_subset") if settings.get(k)
-            )
-        }
-        if settings
-        else {}
-    )
-    facts |= {"imported from": state["imported_from"]} if "imported_from" in state else {}
-    facts |= {
-        "tokenizer": f"{tokenizer.name}, {tokenizer.vocab_size:,} ids",
-        "context": f"{config.block_size} tokens",
-    }
-    facts |= {"blocks, heads, width": f"{config.n_layer}, {config.n_head}, {config.n_embd}"}
-    facts |= {
-        name: settings[name]
-        for name in ("max_lr", "batch_size", "optimizer", "seed")
-        if name in settings
-    }
-    rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items() if value != "")
-    begin = f"A text that begins a document begins with {tokenizer.eot_text}: the model saw it before each one."
-    return f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n# A GPT-2\n\n| | |\n|---|---|\n{rows}\n{begin}\n"
+    if best.get("val_loss"):
+        loss = f"{best['val_loss']:.4f} at step {best['step']:,}"
+        facts["validation loss (nats per token)"] = loss
+    names = [str(settings[k]) for k in ("dataset_name", "dataset_subset") if settings.get(k)]
+    if names:
+        facts["text"] = " ".join(names)
+    if "imported_from" in state:
+        facts["imported from"] = state["imported_from"]
+    facts["tokenizer"] = f"{tokenizer.name}, {tokenizer.vocab_size:,} ids"
+    facts["context"] = f"{config.block_size} tokens"
+    facts["blocks, heads, width"] = f"{config.n_layer}, {config.n_head}, {config.n_embd}"
+    for name in ("max_lr", "batch_size", "optimizer", "seed"):
+        if settings.get(name, "") != "":
+            facts[name] = settings[name]
+    rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
+    return CARD.format(rows=rows, eot=tokenizer.eot_text)
 
 
 def _to_gguf(
@@ -554,97 +539,95 @@ def _to_gguf(
         raise ValueError("--to gguf: needs the package gguf; pip install gguf") from e
     c, writer = config, gguf.GGUFWriter(file, "gpt2")
     writer.add_name(f"gpt2-{c.n_layer}x{c.n_embd}-step-{state['step']}")
-    for add, value in (
-        (writer.add_context_length, c.block_size),
-        (writer.add_embedding_length, c.n_embd),
-        (writer.add_feed_forward_length, 4 * c.n_embd),
-        (writer.add_block_count, c.n_layer),
-        (writer.add_head_count, c.n_head),
-        (writer.add_layer_norm_eps, 1e-5),
-        (writer.add_tokenizer_model, "gpt2"),
-        (writer.add_tokenizer_pre, "gpt-2"),
-        (writer.add_bos_token_id, tokenizer.eot),
-        (writer.add_eos_token_id, tokenizer.eot),
-        (writer.add_add_bos_token, True),  # a document begins with it, here as there
-    ):
-        add(value)
+    writer.add_context_length(c.block_size)
+    writer.add_embedding_length(c.n_embd)
+    writer.add_feed_forward_length(4 * c.n_embd)
+    writer.add_block_count(c.n_layer)
+    writer.add_head_count(c.n_head)
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_bos_token_id(tokenizer.eot)
+    writer.add_eos_token_id(tokenizer.eot)
+    writer.add_add_bos_token(True)  # a document begins with it, as in training
     spec = json.loads(tokenizer.to_json())
-    words = {i: word for word, i in spec["model"]["vocab"].items()} | {
-        i: word for word, i in tokenizer.special.items()
-    }
-    filled = range(c.vocab_size)  # a vocabulary that is filled up has ids without a word
-    kinds = {True: gguf.TokenType.CONTROL, False: gguf.TokenType.NORMAL}
-    writer.add_token_list([words.get(i, f"[PAD{i}]") for i in filled])
-    writer.add_token_types(
-        [
-            kinds[i in tokenizer.special.values()] if i in words else gguf.TokenType.UNUSED
-            for i in filled
-        ]
-    )
+    pieces = {i: piece for piece, i in spec["model"]["vocab"].items()}
+    special = {i: text for text, i in tokenizer.special.items()}
+    writer.add_token_list([(pieces | special).get(i, f"[PAD{i}]") for i in range(c.vocab_size)])
+    types = dict.fromkeys(pieces, gguf.TokenType.NORMAL)
+    types |= dict.fromkeys(special, gguf.TokenType.CONTROL)
+    writer.add_token_types([types.get(i, gguf.TokenType.UNUSED) for i in range(c.vocab_size)])
     writer.add_token_merges([" ".join(merge) for merge in spec["model"]["merges"]])
-    kind = {
+    kinds = {
         torch.float32: gguf.GGMLQuantizationType.F32,
         torch.float16: gguf.GGMLQuantizationType.F16,
         torch.bfloat16: gguf.GGMLQuantizationType.BF16,
     }
     writer.add_file_type({torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}[dtype])
     for name, t in tensors.items():
-        small = t.ndim < 2 or name == "wpe.weight"  # which llama.cpp adds, and wants in fp32
-        t = t.float() if small else t.to(dtype)
+        # llama.cpp adds biases, norms and positions, and needs them in fp32
+        t = t.float() if t.ndim < 2 or name == "wpe.weight" else t.to(dtype)
         raw = t.view(torch.int16).numpy().view("uint8") if t.dtype == torch.bfloat16 else t.numpy()
-        writer.add_tensor(gguf_name(name), raw, raw_dtype=kind[t.dtype])
+        writer.add_tensor(gguf_name(name), raw, raw_dtype=kinds[t.dtype])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
+GGUF_NAMES = {  # ours -> llama.cpp's
+    "wte.weight": "token_embd.weight",
+    "wpe.weight": "position_embd.weight",
+    "lm_head.weight": "output.weight",
+    "ln_f.weight": "output_norm.weight",
+    "ln_f.bias": "output_norm.bias",
+}
+GGUF_BLOCK_NAMES = {
+    "ln_1": "attn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
+
+
 def gguf_name(name: str) -> str:
     """llama.cpp's name of one of our tensors."""
-    tops = {
-        "wte.weight": "token_embd.weight",
-        "wpe.weight": "position_embd.weight",
-        "lm_head.weight": "output.weight",
-    }
-    tops |= {"ln_f.weight": "output_norm.weight", "ln_f.bias": "output_norm.bias"}
-    if name in tops:
-        return tops[name]
-    _, i, *middle, kind = name.split(".")
-    parts = {
-        "ln_1": "attn_norm",
-        "attn.c_attn": "attn_qkv",
-        "attn.c_proj": "attn_output",
-        "ln_2": "ffn_norm",
-    }
-    parts |= {"mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
-    return f"blk.{i}.{parts['.'.join(middle)]}.{kind}"
+    if name in GGUF_NAMES:
+        return GGUF_NAMES[name]
+    _, i, *module, kind = name.split(".")
+    return f"blk.{i}.{GGUF_BLOCK_NAMES['.'.join(module)]}.{kind}"
 
 
 def _to_nanogpt(
     file: Path, config: GPTConfig, tensors: dict, dtype, tokenizer: Tokenizer, state: dict
 ) -> None:
     if not config.tied:
-        raise ValueError(
-            "--to nanogpt: its output head is the embedding, this model has one of its own; use --to hf"
-        )
+        what = "its output head is the embedding, this model has a separate one"
+        raise ValueError(f"--to nanogpt: {what}; use --to hf")
     named = {f"transformer.{name}": t.to(dtype) for name, t in tensors.items()}
-    shape = {k: v for k, v in asdict(config).items() if k != "tied"}
-    best = (state.get("best") or {}).get("val_loss", 1e9)
-    found = {
-        "model": named | {"lm_head.weight": named["transformer.wte.weight"]},
+    named["lm_head.weight"] = named["transformer.wte.weight"]
+    shape = {name: value for name, value in asdict(config).items() if name != "tied"}
+    checkpoint = {
+        "model": named,
         "model_args": {**shape, "bias": True},
+        "iter_num": state["step"],
+        "best_val_loss": (state.get("best") or {}).get("val_loss", 1e9),
+        "config": {"out_dir": "out"},
     }
-    torch.save(
-        found | {"iter_num": state["step"], "best_val_loss": best, "config": {"out_dir": "out"}},
-        file,
-    )
+    torch.save(checkpoint, file)
 
 
-# ------------------------------------------------------------------------------------------------------ looking
+# ----------------------------------------------------------------------------------- one checkpoint
 
 
 def weights_hash(tensors: dict) -> str:
-    """sha256 of named tensors: of names, types, shapes and bits, in the order of the names; no file format is part of it."""
+    """
+    sha256 of named tensors: their names, dtypes, shapes and bytes, in the order of the names.
+
+    The same for the same weights in every file format.
+    """
     digest = hashlib.sha256()
     for name in sorted(tensors):
         t = tensors[name].contiguous()
@@ -656,67 +639,67 @@ def weights_hash(tensors: dict) -> str:
 def info(config: InfoConfig) -> None:
     """Print what a checkpoint is."""
     weights = open_weights(config.path, config.n_head)
-    c, f = weights.config, weights.facts
-    heads = "the head is the embedding" if c.tied else "a head of its own"
-    writer = f"family {f['family']}" if "family" in f else f.get("script", "this project")
-    print(f"{f.get('checkpoint', config.path)}: {f.get('kind', f'checkpoint of {writer}')}")
-    shape = f"{c.n_layer} blocks, {c.n_head} heads, width {c.n_embd}, context {c.block_size}, vocabulary {c.vocab_size:,}"
-    print(f"model: GPT-2, {shape}, {heads}")
-    n_bytes = 4 * count_parameters(c)
-    print(f"parameters: {count_parameters(c):,}, {n_bytes / 1e6:,.1f} MB in fp32")
-    if "checkpoint" in f:
-        best = f.get("best") or {}
-        loss = (
-            f", best validation loss {best['val_loss']:.4f} at step {best['step']}"
-            if best.get("val_loss")
-            else ""
-        )
-        print(f"trained: step {f.get('step')}, {f.get('tokens', 0):,} tokens{loss}")
-        print(
-            f"data: {str(f.get('data', 'not recorded'))[:16]}, tokenizer: {f.get('tokenizer', 'not recorded')}"
-        )
-        run_dir = (
-            Path(config.path)
-            if (Path(config.path) / "checkpoints").is_dir()
-            else Path(f["checkpoint"]).parent.parent
-        )
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            print(
-                f"to go on: {json.loads((run_dir / 'run.json').read_text(encoding='utf-8'))['resume']}"
-            )
-        print(f"to sample: python gpt_train.py --checkpoint {f['checkpoint']}")
+    c, facts = weights.config, weights.facts
+    writer = facts.get("script", "this project")
+    if "family" in facts:
+        writer = f"family {facts['family']}"
+    kind = facts.get("kind", f"checkpoint of {writer}")
+    print(f"{facts.get('checkpoint', config.path)}: {kind}")
+    shape = f"{c.n_layer} blocks, {c.n_head} heads, width {c.n_embd}, context {c.block_size}"
+    head = "tied head" if c.tied else "separate head"
+    print(f"model: GPT-2, {shape}, vocabulary {c.vocab_size:,}, {head}")
+    n = count_parameters(c)
+    print(f"parameters: {n:,}, {4 * n / 1e6:,.1f} MB in fp32")
+    if "checkpoint" in facts:
+        _print_progress(facts)
+        run_dir = Path(config.path)
+        if not (run_dir / "checkpoints").is_dir():
+            run_dir = Path(facts["checkpoint"]).parent.parent
+        with contextlib.suppress(ValueError, KeyError):  # no run.json, as of an import
+            print(f"to resume: {read_json(run_dir / 'run.json')['resume']}")
+        print(f"to sample: python gpt_train.py --checkpoint {facts['checkpoint']}")
     else:
-        print(f"tokenizer: {weights.tokenizer_at or 'none beside it'}")
+        print(f"tokenizer: {weights.tokenizer_path or 'none beside it'}")
         print(f"to use it: python wt_load.py import {config.path} runs/NAME")
     if config.tensors:
         for name, t in weights.tensors.items():
             print(f"{' x '.join(map(str, t.shape)):16} {name}")
 
 
+def _print_progress(facts: dict) -> None:
+    best = facts.get("best") or {}
+    loss = ""
+    if best.get("val_loss"):
+        loss = f", best validation loss {best['val_loss']:.4f} at step {best['step']}"
+    print(f"trained: step {facts.get('step')}, {facts.get('tokens', 0):,} tokens{loss}")
+    data = str(facts.get("data", "not recorded"))[:16]
+    print(f"data: {data}, tokenizer: {facts.get('tokenizer', 'not recorded')}")
+
+
 def verify(config: VerifyConfig) -> None:
-    """Compare files with their hashes, shapes with the model, values with what is finite."""
+    """Check files against their hashes, shapes against the model, and that values are finite."""
     weights = open_weights(config.path, config.n_head)
     tensors = {name: t.read() for name, t in weights.tensors.items()}
     if wrong := [name for name, t in tensors.items() if not torch.isfinite(t).all()]:
-        names = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(
-            f"{config.path}: {names}: not all values are finite; the training diverged, use an earlier checkpoint"
+            f"{config.path}: {', '.join(wrong[:3])}{more}: not all values are finite; "
+            "the training diverged, use an earlier checkpoint"
         )
-    n_numbers = sum(t.numel() for t in tensors.values())
-    where, step = weights.facts.get("checkpoint", config.path), weights.facts.get("step")
-    hashed = (
-        "whole"
-        if "checkpoint" in weights.facts
-        else "shapes and values are right (there are no hashes to compare)"
-    )
-    print(
-        f"{where}: {hashed}; {f'step {step}, ' if step is not None else ''}{len(tensors)} tensors, {n_numbers:,} numbers"
-    )
+    n_values = f"{len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} values"
+    if "checkpoint" in weights.facts:
+        step = weights.facts.get("step")
+        print(f"{weights.facts['checkpoint']}: intact; step {step}, {n_values}")
+    else:
+        print(f"{config.path}: shapes and values are right, it has no hashes to check; {n_values}")
     print(weights_hash(tensors))
 
 
+# ------------------------------------------------------------------------------ several checkpoints
+
+
 def list_run(config: ListConfig) -> None:
-    """A line for each checkpoint of a run."""
+    """Print a line for each checkpoint of a run."""
     folders = list_checkpoints(config.path)
     if not folders:
         raise FileNotFoundError(
@@ -726,86 +709,73 @@ def list_run(config: ListConfig) -> None:
         try:
             verify_checkpoint(folder)
             state = read_state(folder)
-            best = (state.get("best") or {}).get("step") == state["step"]
-            n_bytes = sum(f.lstat().st_size for f in folder.iterdir())
-            print(
-                f"{folder}: step {step_of(folder)}, {state.get('tokens', 0):,} tokens, {n_bytes:,} bytes{', the best' if best else ''}"
-            )
         except ValueError as e:
             print(f"{folder}: damaged ({e})")
+            continue
+        is_best = (state.get("best") or {}).get("step") == state["step"]
+        n_bytes = sum(f.lstat().st_size for f in folder.iterdir())
+        progress = f"step {step_of(folder)}, {state.get('tokens', 0):,} tokens"
+        print(f"{folder}: {progress}, {n_bytes:,} bytes{', the best' if is_best else ''}")
 
 
 def diff(config: DiffConfig) -> None:
-    """Print the tensors that differ, those that differ most first."""
+    """Print the settings and tensors that differ, the largest differences first."""
     a, b = open_weights(config.a, config.n_head), open_weights(config.b, config.n_head)
-    lines = [
-        f"{k}: {v} in {config.a}, {asdict(b.config)[k]} in {config.b}"
-        for k, v in asdict(a.config).items()
-        if v != asdict(b.config)[k]
-    ]
+    lines = []
+    settings_b = asdict(b.config)
+    for name, value in asdict(a.config).items():
+        if value != settings_b[name]:
+            lines.append(f"{name}: {value} in {config.a}, {settings_b[name]} in {config.b}")
     lines += [f"{name}: only in {config.a}" for name in a.tensors.keys() - b.tensors.keys()]
     lines += [f"{name}: only in {config.b}" for name in b.tensors.keys() - a.tensors.keys()]
-    apart, same = [], 0
+    differing, n_equal = [], 0  # (relative difference, largest difference, name) of each
     for name in sorted(a.tensors.keys() & b.tensors.keys()):
         if a.tensors[name].shape != b.tensors[name].shape:
-            lines.append(
-                f"{name}: {list(a.tensors[name].shape)} in {config.a}, {list(b.tensors[name].shape)} in {config.b}"
-            )
+            shape_a, shape_b = list(a.tensors[name].shape), list(b.tensors[name].shape)
+            lines.append(f"{name}: {shape_a} in {config.a}, {shape_b} in {config.b}")
             continue
         x, y = a.tensors[name].read().float(), b.tensors[name].read().float()
         if torch.equal(x, y):
-            same += 1
+            n_equal += 1
         else:
-            apart.append(
-                (
-                    (x - y).norm().item() / max(x.norm().item(), 1e-30),
-                    (x - y).abs().max().item(),
-                    name,
-                )
-            )
-    lines += [
-        f"{name}: relative difference {rel:.3e}, at most {most:.3e}"
-        for rel, most, name in sorted(apart, reverse=True)
-    ]
-    print("\n".join([*lines, f"{same} tensors are equal, {len(apart)} differ"]))
+            relative = (x - y).norm().item() / max(x.norm().item(), 1e-30)
+            differing.append((relative, (x - y).abs().max().item(), name))
+    for relative, largest, name in sorted(differing, reverse=True):
+        lines.append(f"{name}: relative difference {relative:.3e}, at most {largest:.3e}")
+    print("\n".join([*lines, f"{n_equal} tensors are equal, {len(differing)} differ"]))
 
 
 def average(config: AverageConfig) -> None:
     """Write a run folder with the mean of the weights."""
     if len(config.paths) < 2:
-        raise ValueError("average: give two or more checkpoints")
+        raise ValueError("average: got fewer than two checkpoints; give two or more")
     refuse_existing(config.out)
     folders = [newest_checkpoint(path) for path in config.paths]
     model, tokenizer, state = load_model(folders[0], torch.device("cpu"))
     total = {name: t.double() for name, t in model.state_dict().items()}
     for folder in folders[1:]:
-        other, its_tokenizer, its_state = load_model(folder, torch.device("cpu"))
-        if other.config != model.config or its_tokenizer.fingerprint != tokenizer.fingerprint:
+        other, other_tokenizer, _ = load_model(folder, torch.device("cpu"))
+        if other.config != model.config or other_tokenizer.fingerprint != tokenizer.fingerprint:
             raise ValueError(
-                f"{folder}: is of another model or tokenizer than {folders[0]}; average checkpoints of one kind"
+                f"{folder}: has another model or tokenizer than {folders[0]}; "
+                "average checkpoints of one model"
             )
         for name, t in other.state_dict().items():
             total[name] += t
     mean = {name: (t / len(folders)).float() for name, t in total.items()}
     step = max(read_state(folder)["step"] for folder in folders)
-    more = {
+    state |= {
         "script": "wt_load.py",
         "step": step,
         "averaged": [str(folder) for folder in folders],
         "best": None,
     }
-    folder = save_checkpoint(
-        config.out,
-        step,
-        {"model.safetensors": mean},
-        state | more,
-        {"tokenizer.json": tokenizer.to_json()},
-        1,
-    )
+    files = {"tokenizer.json": tokenizer.to_json()}
+    folder = save_checkpoint(config.out, step, {"model.safetensors": mean}, state, files, 1)
     print(f"{folder}: the mean of {len(folders)} checkpoints")
 
 
-COMMANDS = {  # name -> (what it takes, what it does)
+COMMANDS = {  # name -> (its configuration, its function)
     "import": (ImportConfig, import_weights),
     "export": (ExportConfig, export),
     "info": (InfoConfig, info),

@@ -85,7 +85,7 @@ def test_info_says_what_it_is_and_the_line_that_goes_on_goes_on(trained, capsys)
     ):
         assert part in out
     lines = dict(row.split(": ", 1) for row in out.splitlines() if ": " in row)
-    command = shlex.split(lines["to go on"])
+    command = shlex.split(lines["to resume"])
     done = subprocess.run(
         command, cwd=trained, capture_output=True, text=True, timeout=120, check=True
     )

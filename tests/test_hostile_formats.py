@@ -176,6 +176,7 @@ SCRATCH = {
     "key of halves": put("trf_blocks.0.att.W_key.weight", INT32),
     "a block more": put("trf_blocks.7.att.W_query.weight", torch.ones(32, 32)),
     "a block of no number": put("trf_blocks.x.att.W_query.weight", torch.ones(32, 32)),
+    "a query of another module": put("x.3.attn.query.weight", torch.ones(32, 32)),
     "grouped keys": grouped_keys,
     "norm of two": put("final_norm.scale", torch.ones(2)),
     "head of another width": put("out_head.weight", torch.ones(257, 16)),

@@ -26,7 +26,7 @@ nothing_else_changes = given_runs.nothing_else_changes
 def test_a_folder_that_is_no_checkpoint(home, tmp_path):
     (tmp_path / "notes.txt").write_text("nothing", encoding="utf-8")
     assert "no checkpoint here; give a run folder" in refused(sample, "--checkpoint", tmp_path)
-    no_weights = f"{tmp_path}: neither model.safetensors nor pytorch_model.bin"
+    no_weights = f"{tmp_path}: has neither model.safetensors nor pytorch_model.bin"
     assert no_weights in refused(weights, "info", tmp_path)
     assert no_weights in refused(weights, "verify", tmp_path)
     assert no_weights in refused(weights, "import", tmp_path, tmp_path / "run")
@@ -47,10 +47,10 @@ def test_a_download_that_ended_early(home, tmp_path):
     folder, run_dir = shutil.copytree(home / "hf", tmp_path / "hf"), tmp_path / "run"
     path = folder / "model.safetensors"
     os.truncate(path, path.stat().st_size * 2 // 3)
-    truncated = f"{path}: not a whole safetensors file"
+    truncated = f"{path}: not a complete safetensors file"
     assert truncated in refused(weights, "import", folder, run_dir)
     path.rename(folder / "model.safetensors.incomplete")
-    assert "neither model.safetensors" in refused(weights, "import", folder, run_dir)
+    assert "has neither model.safetensors" in refused(weights, "import", folder, run_dir)
     places = {
         "wte.weight": "model-00001-of-00002.safetensors",
         "wpe.weight": "model-00002-of-00002.safetensors",
@@ -74,7 +74,7 @@ def test_the_name_of_a_size_that_there_is_not(tmp_path):
         printed(pretraining_simple.main, parse(pretraining_simple.SimpleConfig, line))
     line = ("wt_load.py", "import", "hf:gpt2-huge", "run")
     result = run(*line, cwd=tmp_path, env={"HF_HOME": str(tmp_path / "hub")})
-    assert "hf:gpt2-huge: not in the hub's cache here" in one_error_line(result, 2)
+    assert "hf:gpt2-huge: not in the hub's cache, and not available" in one_error_line(result, 2)
     assert not (tmp_path / "run").exists()
     result = run("wt_load.py", "exprt", cwd=tmp_path)
     assert "'exprt': no such command; did you mean export?" in one_error_line(result, 2)
@@ -86,7 +86,7 @@ def test_a_vocabulary_that_is_not_the_tokenizers(home, tmp_path):
     line = ("import", home / "hf", tmp_path / "run", "--tokenizer")
     message = refused(weights, *line, tmp_path / "bpe.json")
     ids = f"the tokenizer has {bpe.vocab_size} ids, the model a vocabulary of 257"
-    assert f"{ids}; give the tokenizer that it was trained with" in message
+    assert f"{ids}; give the tokenizer that the model was trained with" in message
     folder = shutil.copytree(home / "hf", tmp_path / "hf")
     (folder / "tokenizer.json").unlink()
     line = ("import", folder, tmp_path / "run")
@@ -116,12 +116,12 @@ def test_a_run_folder_that_is_there_is_left_alone(home, tmp_path):
     file.write_text("mine", encoding="utf-8")
     before = contents(tmp_path)
     for place in (full, file):
-        exists = f"{place}: is there already"
+        exists = f"{place}: exists already"
         assert exists in refused(weights, "import", home / "hf", place)
         assert exists in refused(weights, "average", home / "a", home / "b", "--out", place)
         for kind in ("hf", "gguf", "nanogpt"):
             message = refused(weights, "export", home / "a", "--to", kind, place)
-            assert f"--to: {place} is there already" in message
+            assert f"--to: {place} exists already" in message
     assert contents(tmp_path) == before
     (tmp_path / "empty").mkdir()
     weights("import", home / "hf", tmp_path / "empty")
@@ -137,12 +137,12 @@ def test_force_writes_over_an_export_and_over_nothing_else(home, tmp_path):
     run_dir = shutil.copytree(home / "a", tmp_path / "run")
     (hf / "mine.txt").write_text("precious", encoding="utf-8")
     before = contents(tmp_path)
-    deleted = "too, which would be deleted; name another place"
+    deleted = "which would be deleted; name another place"
     for place, kind, message in (
-        (run_dir, "hf", f"holds checkpoints, {deleted}"),
-        (run_dir / "checkpoints", "hf", "holds step_000003, too"),
-        (newest_checkpoint(run_dir), "hf", "MANIFEST.json, too"),
-        (hf, "hf", "holds mine.txt, too"),
+        (run_dir, "hf", f"also holds checkpoints, {deleted}"),
+        (run_dir / "checkpoints", "hf", "also holds step_000003, which"),
+        (newest_checkpoint(run_dir), "hf", "also holds MANIFEST.json, which"),
+        (hf, "hf", "also holds mine.txt, which"),
         (tmp_path, "hf", deleted),
         (nano, "hf", "x.pt is a file, hf writes a folder"),
         (hf, "nanogpt", "hf is a folder, nanogpt writes a file"),
@@ -190,7 +190,7 @@ def test_values_beyond_half_precision(home, tmp_path):
 
 def test_a_head_of_its_own_does_not_fit_nanogpt(home, tmp_path):
     message = refused(weights, "export", home / "untied", "--to", "nanogpt", tmp_path / "x.pt")
-    reason = "its output head is the embedding, this model has one of its own"
+    reason = "its output head is the embedding, this model has a separate one"
     assert message == f"--to nanogpt: {reason}; use --to hf"
     assert not list(tmp_path.iterdir())
     weights("export", home / "untied", "--to", "hf", tmp_path / "hf")
@@ -204,8 +204,10 @@ def test_an_average_of_what_cannot_be_averaged(home, tmp_path):
     out = ("--out", tmp_path / "out")
     for other in ("wider", "untied"):
         message = refused(weights, "average", home / "a", home / other, *out)
-        assert "is of another model or tokenizer than" in message
-    assert "give two or more checkpoints" in refused(weights, "average", home / "a", *out)
+        assert "has another model or tokenizer than" in message
+    assert "got fewer than two checkpoints; give two or more" in refused(
+        weights, "average", home / "a", *out
+    )
     damaged = shutil.copytree(home / "b", tmp_path / "b")
     os.truncate(newest_checkpoint(damaged) / "model.safetensors", 5000)
     assert "damaged" in refused(weights, "average", home / "a", damaged, *out)
