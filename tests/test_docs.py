@@ -29,6 +29,7 @@ OF_OTHERS = {  # flag -> the program that has it
     "nnodes": "torchrun",
     "master_port": "torchrun",
     "nightly": "tests/conftest.py",
+    "all": "tests/conftest.py",
     "data": "benchmarks/tokenizing.py",
     "size": "benchmarks/load_weights.py",
     "index-url": "pip",
