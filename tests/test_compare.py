@@ -313,7 +313,7 @@ def test_what_cannot_be_compared_is_one_line_and_nothing_is_written(home, tmp_pa
     for text, message in {
         "{": "not readable as JSON",
         "[" * 100_000: "not readable as JSON",
-        "7": "no configuration",
+        "7": "holds no JSON object",
         '{"config": []}': "no conf",
     }.items():
         shutil.rmtree(tmp_path / "bad", ignore_errors=True)
