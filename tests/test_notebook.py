@@ -19,6 +19,7 @@ from parts.data.tokenizers import byte_tokenizer
 from parts.report import interpret
 from parts.storage.checkpoint import save_checkpoint
 from parts.training.metrics import Journal
+from parts.training.plan import flops_per_token
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +99,12 @@ def test_the_speed_of_a_run_is_that_of_its_records(notebook, tmp_path):
     write_metrics(tmp_path / "a", advanced(3))
     facts = json.dumps({"model_config": vars(config)})
     (tmp_path / "a/run.json").write_text(facts, encoding="utf-8")
-    assert notebook.reached(tmp_path, ["a"]) == pytest.approx(50 * notebook.flops_per_token(config))
+    expected = 50 * flops_per_token(config)
+    assert notebook.measured_flops(tmp_path, ["a"]) == pytest.approx(expected)
     write_metrics(tmp_path / "b", advanced(3))
-    for names, why in ((["b"], "b: does not tell"), ([], "no run is chosen")):
+    for names, why in ((["b"], "b: its speed is unknown"), ([], "no run is chosen")):
         with pytest.raises(ValueError, match=why):
-            notebook.reached(tmp_path, names)
+            notebook.measured_flops(tmp_path, names)
 
 
 # -------------------------------------------------------------------------------------- checkpoints
@@ -156,7 +158,7 @@ def test_settings_name_the_run_and_a_training_that_fails_tells_its_error_line(
     assert run_dir.name != notebook.small_run(steps=5)[0].name
     training = notebook.Training(run_dir, flags)
     training.process.wait(timeout=60)
-    step, message = training.told()
+    step, message = training.progress()
     assert step == 0 and message.startswith("error: ") and "\n" not in message
     training.stop()  # it has ended already
 
