@@ -1,18 +1,18 @@
 """
-Is this machine ready to train? Looks, tries, and says what is missing and what to do about it.
+Is this machine ready to train? Checks what is needed, and says what is missing and what to do.
 
     python test_smollm.py            # about a minute; needs no network
     python -m pytest test_smollm.py  # the same checks under pytest
 
-Packages and versions, devices, compiler, tokenizer, network, disk; then a real training in a temporary folder: text to
-token shards, a run killed with SIGKILL in the middle, the same line again, and the weights compared with those of a run
-that was left alone. Exit code 0: ready (what was skipped is listed), 1: something failed.
+Checks packages, devices, compiler, tokenizer, network and disk. Then it trains in a temporary
+folder: text to token shards, a run that is killed with SIGKILL and resumed with the same command,
+and a comparison of its weights with those of an uninterrupted run. Exit code 0: ready (skipped
+checks are listed), 1: a check failed.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -47,24 +47,23 @@ OPTIONAL = {
     "rarfile": ".rar archives",
 }
 NETWORK_TIMEOUT_S = 5
-FREE_GB = 5  # less than this holds no checkpoint of a 124M model with its optimizer state
+FREE_GB = 5  # for checkpoints of a 124M model with its optimizer state
 
 
 class Skipped(Exception):
-    """This cannot be tried here, and training does without it; the message says what it would be for."""
+    """A check that cannot be done here, and that training does without; the message says why."""
 
 
-# ------------------------------------------------------------------------------------------------------- the checks
+# -------------------------------------------------------------------------------------- the checks
 
 
 def check_python_and_packages() -> str:
-    """Python 3.11 or newer and every package that each run needs."""
-    assert sys.version_info >= (3, 11), f"Python {platform.python_version()}; install 3.11 or newer"
+    """Python 3.11 or newer, and every package that each run needs."""
+    python = f"Python {platform.python_version()}"
+    assert sys.version_info >= (3, 11), f"{python} is too old; install 3.11 or newer"
     missing = [name for name in NEEDED if _version(name) is None]
     assert not missing, f"missing: {', '.join(missing)}; pip install -r requirements.txt"
-    return f"Python {platform.python_version()}, " + ", ".join(
-        f"{name} {_version(name)}" for name in NEEDED[:5]
-    )
+    return ", ".join([python, *(f"{name} {_version(name)}" for name in NEEDED[:5])])
 
 
 def check_optional_packages() -> str:
@@ -83,172 +82,165 @@ def _version(name: str) -> str | None:
 
 
 def check_devices() -> str:
-    """What there is to compute on, and the arithmetic that --dtype auto takes there."""
+    """The devices, and what --device auto and --dtype auto choose."""
     import torch
 
-    from gpt_train import pick_device
-    from parts.base.machine import choose_dtype
+    from parts.base.machine import choose_dtype, pick_device
 
     device = pick_device("auto")
     dtype, why = choose_dtype("auto", device)
-    n = torch.cuda.device_count()
-    names = (
-        ", ".join(torch.cuda.get_device_name(i) for i in range(n))
-        or f"no GPU, {os.cpu_count()} CPU cores"
-    )
-    return f"{names}; --device auto is {device}, --dtype auto is {str(dtype).removeprefix('torch.')} ({why})"
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    found = ", ".join(gpus) or f"no GPU, {os.cpu_count()} CPU cores"
+    name = str(dtype).removeprefix("torch.")
+    return f"{found}; --device auto is {device}, --dtype auto is {name} ({why})"
 
 
 def check_compiler() -> str:
-    """torch.compile really compiles something."""
-    from gpt_train import pick_device
-    from parts.base.machine import why_no_compiler
+    """torch.compile compiles a function."""
+    from parts.base.machine import pick_device, why_no_compiler
 
     if why := why_no_compiler(pick_device("auto")):
-        raise Skipped(f"--compile will be left off: {why}")
+        raise Skipped(f"--compile will be off: {why}")
     return "torch.compile works here"
 
 
 def check_tokenizer() -> str:
-    """GPT-2's vocabulary from tiktoken's cache, or from the network."""
+    """GPT-2's vocabulary from tiktoken's cache or the network."""
     from parts.data.tokenizers import gpt2_tokenizer
 
     try:
         tokenizer = gpt2_tokenizer(timeout_s=NETWORK_TIMEOUT_S)
     except OSError as e:
         raise Skipped(
-            f"GPT-2's vocabulary is neither cached nor reachable ({e}); use --tokenizer bpe, or set TIKTOKEN_CACHE_DIR"
+            f"GPT-2's vocabulary is neither cached nor reachable ({e}); "
+            "use --tokenizer bpe, or set TIKTOKEN_CACHE_DIR"
         ) from e
-    assert tokenizer.encode("Hello world").tolist() == [15496, 995], (
-        "GPT-2's vocabulary gives other ids than GPT-2's"
-    )
+    ids = tokenizer.encode("Hello world").tolist()
+    assert ids == [15496, 995], f"GPT-2's vocabulary is wrong: 'Hello world' has ids {ids}"
     return f"GPT-2's {tokenizer.vocab_size:,} tokens"
 
 
 def check_network() -> str:
     """The Hugging Face hub answers."""
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    url = f"{endpoint}/api/datasets/HuggingFaceTB/smollm-corpus"
     try:
-        with urllib.request.urlopen(
-            f"{endpoint}/api/datasets/HuggingFaceTB/smollm-corpus", timeout=NETWORK_TIMEOUT_S
-        ) as response:
+        with urllib.request.urlopen(url, timeout=NETWORK_TIMEOUT_S) as response:
             return f"{endpoint} answers ({response.status})"
     except OSError as e:
         raise Skipped(
-            f"{endpoint} is out of reach ({e}); give --dataset_name a folder or file of your own"
+            f"{endpoint} is not reachable ({e}); give --dataset_name a folder or file of your own"
         ) from e
 
 
 def check_disk() -> str:
-    """Room for checkpoints here."""
+    """Room for checkpoints in the current folder."""
     free = shutil.disk_usage(".").free / 1e9
     if free < FREE_GB:
-        raise Skipped(
-            f"{free:.1f} GB free here, the checkpoints of a 124M run need {FREE_GB}; choose another --output_dir"
-        )
+        need = f"the checkpoints of a 124M run need {FREE_GB}"
+        raise Skipped(f"{free:.1f} GB free here, {need}; choose another --output_dir")
     return f"{free:,.0f} GB free here"
 
 
-# --------------------------------------------------------------------------------------------------- a real training
+# --------------------------------------------------------------------------------- a real training
 
 STEPS = 60
-WORDS = "the old man and a small dog went down to the sea where ships of every kind lay still in the morning light".split()
+WORDS = (
+    "the old man and a small dog went down to the sea where ships of every kind lay still "
+    "in the morning light"
+).split()
+FLAGS = (
+    "--dataset_name texts.jsonl --tokenizer bytes --val_share 0.05 --model_size nano "
+    f"--context_length 64 --batch_size 4 --max_steps {STEPS} --max_lr 3e-3 --eval_freq 30 "
+    "--print_sample_iter 30 --save_ckpt_freq 10 --device cpu --dtype fp32 --log_exact"
+)
 
 
-def _folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="test_smollm-"))
-    texts = (
-        f"{n}. " + " ".join(WORDS[(n * 5 + i * (n % 7 + 2)) % len(WORDS)] for i in range(80))
-        for n in range(500)
-    )
-    (folder / "texts.jsonl").write_text(
-        "".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8"
-    )
-    return folder
+def _write_texts(path: Path) -> None:
+    with open(path, "w", encoding="utf-8") as f:
+        for n in range(500):
+            words = [WORDS[(n * 5 + i * (n % 7 + 2)) % len(WORDS)] for i in range(80)]
+            f.write(json.dumps({"text": f"{n}. {' '.join(words)}"}) + "\n")
 
 
-def _command(name: str) -> list[str]:
-    words = f"--run_name {name} --dataset_name texts.jsonl --tokenizer bytes --val_share 0.05 --model_size nano --context_length 64"
-    words += f" --batch_size 4 --max_steps {STEPS} --max_lr 3e-3 --eval_freq 30 --print_sample_iter 30 --save_ckpt_freq 10"
-    words += " --device cpu --dtype fp32 --log_exact"
-    return [sys.executable, str(HERE / "pretraining_advanced.py"), *words.split()]
+def _training(name: str) -> list[str]:
+    trainer = str(HERE / "pretraining_advanced.py")
+    return [sys.executable, trainer, "--run_name", name, *FLAGS.split()]
 
 
-def _run(command, folder) -> subprocess.CompletedProcess:
-    done = subprocess.run(
+def _run(command: list[str], folder: Path) -> str:
+    """What a command prints, which must succeed."""
+    result = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, timeout=170, check=False
     )
-    assert done.returncode == 0, (
-        f"{' '.join(command[1:3])} ended with {done.returncode}: {done.stderr.strip()[-300:]}"
-    )
-    return done
+    failure = f"{' '.join(command[1:3])} failed with exit code {result.returncode}"
+    assert result.returncode == 0, f"{failure}: {result.stderr.strip()[-300:]}"
+    return result.stdout
 
 
-def _losses(text: str) -> dict[int, float]:
-    rows = [
-        line.split()
-        for line in text.splitlines()
-        if line.startswith("step ") and line.split()[2:3] == ["loss"]
-    ]
-    return {int(row[1]): float.fromhex(row[3]) for row in rows}
+def _kill_at_step(command: list[str], folder: Path, step: int) -> None:
+    """Start a training and kill it when it prints the loss of this step."""
+    with subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        for line in process.stdout:
+            if line.startswith(f"step {step} loss"):
+                process.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
+                break
+
+
+def _losses(output: str) -> dict[int, float]:
+    """{step: loss} of the lines `step N loss X` that a training prints."""
+    rows = [line.split() for line in output.splitlines() if line.startswith("step ")]
+    return {int(row[1]): float.fromhex(row[3]) for row in rows if row[2:3] == ["loss"]}
+
+
+def _weights_hash(name: str, folder: Path) -> str:
+    verify = [sys.executable, str(HERE / "wt_load.py"), "verify", f"runs/{name}"]
+    return _run(verify, folder).splitlines()[-1]
 
 
 def check_training_kill_and_resume() -> str:
-    """Text to token shards, a training that learns, SIGKILL in the middle, and the same bits in the end."""
-    folder = _folder()
-    try:
-        started = time.monotonic()
-        straight = _losses(_run(_command("straight"), folder).stdout)
-        assert len(straight) == STEPS and straight[STEPS] < straight[1] - 1, (
-            f"it does not learn: loss {straight[1]:.2f} to {straight[STEPS]:.2f}"
-        )
-        assert (folder / "runs/straight/loss.png").exists() and (
-            folder / "runs/straight/samples.txt"
-        ).exists(), "no loss.png or samples.txt"
-        shards = list(folder.glob("token_cache/*/index.json"))
-        assert len(shards) == 1, "the token cache is not there"
-        built = shards[0].stat().st_mtime_ns
-        with subprocess.Popen(
-            _command("killed"),
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        ) as process:
-            for line in process.stdout:
-                if line.startswith("step 25 loss"):
-                    process.send_signal(
-                        signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM
-                    )
-                    break
-        again = _run(_command("killed"), folder).stdout
-        assert "resumed from step " in again, (
-            "it began anew instead of going on from its checkpoint"
-        )
-        assert shards[0].stat().st_mtime_ns == built, "the token cache was built again"
-        for step, loss in _losses(again).items():
-            assert loss == straight[step], (
-                f"step {step}: the resumed run has loss {loss!r}, the straight one {straight[step]!r}"
-            )
-        verify = [sys.executable, str(HERE / "wt_load.py"), "verify"]
-        hashes = [
-            _run([*verify, f"runs/{name}"], folder).stdout.splitlines()[-1]
-            for name in ("straight", "killed")
-        ]
-        assert hashes[0] == hashes[1], (
-            "the weights of the resumed run differ from those of the straight one"
-        )
-        learned = f"loss {straight[1]:.2f} to {straight[STEPS]:.2f} in {STEPS} steps"
-        return f"{learned}; killed and resumed to the same bits ({hashes[0][:12]}), {time.monotonic() - started:.0f} s"
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    """A training learns; killed with SIGKILL and resumed, it ends with bit-identical weights."""
+    with tempfile.TemporaryDirectory(prefix="test_smollm-", ignore_cleanup_errors=True) as name:
+        return _train_kill_and_resume(Path(name))
+
+
+def _train_kill_and_resume(folder: Path) -> str:
+    started = time.monotonic()
+    _write_texts(folder / "texts.jsonl")
+    straight = _losses(_run(_training("straight"), folder))
+    assert len(straight) == STEPS, f"{len(straight)} of {STEPS} losses were logged"
+    learned = f"loss {straight[1]:.2f} to {straight[STEPS]:.2f} in {STEPS} steps"
+    assert straight[STEPS] < straight[1] - 1, f"the training does not learn: {learned}"
+    for file in ("loss.png", "samples.txt"):
+        assert (folder / "runs/straight" / file).exists(), f"the run wrote no {file}"
+    caches = list(folder.glob("token_cache/*/index.json"))
+    assert len(caches) == 1, f"the run wrote {len(caches)} token caches instead of one"
+    built = caches[0].stat().st_mtime_ns
+
+    _kill_at_step(_training("killed"), folder, 25)
+    output = _run(_training("killed"), folder)
+    assert "resumed from step " in output, "it started again instead of resuming its checkpoint"
+    assert caches[0].stat().st_mtime_ns == built, "the token cache was built again"
+    for step, loss in _losses(output).items():
+        difference = f"loss {loss!r} after the resume, {straight[step]!r} without a kill"
+        assert loss == straight[step], f"step {step}: {difference}"
+    weights = _weights_hash("straight", folder)
+    assert _weights_hash("killed", folder) == weights, (
+        "the weights of the resumed run differ from those of the uninterrupted one"
+    )
+    elapsed_s = time.monotonic() - started
+    return f"{learned}; killed and resumed bit-identically ({weights[:12]}), {elapsed_s:.0f} s"
 
 
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
 
+# ------------------------------------------------------------------------------- pytest and script
+
 
 def pytest_generate_tests(metafunc):
-    """pytest collects each check as a test of its own."""
+    """Make each check a test of its own."""
     metafunc.parametrize("check", CHECKS, ids=[c.__name__.removeprefix("check_") for c in CHECKS])
 
 
@@ -268,13 +260,13 @@ def main() -> int:
     for check in CHECKS:
         name = check.__name__.removeprefix("check_").replace("_", " ")
         try:
-            word, text = "ok", check()
+            result, text = "ok", check()
         except Skipped as e:
-            word, text = "skipped", str(e)
-        except Exception as e:  # noqa: BLE001  the summary must name every failure, whatever it is
-            word, text = "FAILED", " ".join(str(e).split()) or repr(e)
-        counts[word] += 1
-        print(f"{word:8} {name}: {text}", flush=True)
+            result, text = "skipped", str(e)
+        except Exception as e:  # noqa: BLE001  any failure of a check is one line of the summary
+            result, text = "FAILED", " ".join(str(e).split()) or repr(e)
+        counts[result] += 1
+        print(f"{result:8} {name}: {text}", flush=True)
     verdict = "not ready: see FAILED above" if counts["FAILED"] else "ready to train"
     print(f"{verdict}; {counts['ok']} ok, {counts['skipped']} skipped, {counts['FAILED']} failed")
     return 1 if counts["FAILED"] else 0
