@@ -15,7 +15,7 @@ Convert weights from and to other formats, and inspect checkpoints.
 An import is a run folder, to sample from or to train further. A run folder means its newest good
 checkpoint; info, verify and diff also read the formats that import reads. No code from a file runs.
 Only import, export and average write, each to a new place that is renamed when it is complete.
-Takes seconds per GB, and 1.1 times the memory of the weights.
+Takes seconds per GB, and memory for 1.1 times the weights.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ Path_ = tyro.conf.Positional[str]
 class VerifyConfig:
     """Check hashes, shapes and values of a checkpoint; the last line is a hash of its weights."""
 
-    path: Path_  # run folder (its newest checkpoint), checkpoint folder, or weights of others
+    path: Path_  # run folder (its newest checkpoint), checkpoint folder, or weights as for import
     n_head: int | None = None  # attention heads, if neither file nor size tells
     debug: bool = False  # show the traceback of an error
 
@@ -311,7 +311,7 @@ def from_hub(name: str) -> Path:
         blob = file.resolve()  # the cache names large files after their sha256
         if len(blob.name) == 64 and sha256_of(blob) != blob.name:
             raise ValueError(
-                f"{blob}: differs from the sha256 in its name; delete it and run the import again"
+                f"{blob}: differs from the sha256 in its name; delete it and run the command again"
             )
     return folder
 
@@ -553,7 +553,8 @@ def _to_gguf(
     spec = json.loads(tokenizer.to_json())
     pieces = {i: piece for piece, i in spec["model"]["vocab"].items()}
     special = {i: text for text, i in tokenizer.special.items()}
-    writer.add_token_list([(pieces | special).get(i, f"[PAD{i}]") for i in range(c.vocab_size)])
+    texts = pieces | special
+    writer.add_token_list([texts.get(i, f"[PAD{i}]") for i in range(c.vocab_size)])
     types = dict.fromkeys(pieces, gguf.TokenType.NORMAL)
     types |= dict.fromkeys(special, gguf.TokenType.CONTROL)
     writer.add_token_types([types.get(i, gguf.TokenType.UNUSED) for i in range(c.vocab_size)])

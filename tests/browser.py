@@ -27,7 +27,7 @@ FLAGS = (
 class Browser:
     """One page. `problems`: the errors in its console; `hosts`: whom it asked."""
 
-    def __init__(self, folder: Path, dark: bool = False):
+    def __init__(self, folder: Path):
         from websockets.sync.client import connect
 
         self.n, self.problems, self.hosts = 0, [], set()
@@ -47,9 +47,6 @@ class Browser:
         self.socket = self.open.enter_context(connect(url, max_size=None, ping_interval=None))
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
-        if dark:
-            scheme = {"name": "prefers-color-scheme", "value": "dark"}
-            self.send("Emulation.setEmulatedMedia", features=[scheme])
 
     def send(self, method: str, **parameters) -> dict:
         """The result of a command of the protocol."""

@@ -1,4 +1,4 @@
-"""Small runs that nobody has trained, and the commands of wt_load.py and gpt_train.py on them."""
+"""Small untrained runs, and the commands of wt_load.py and gpt_train.py on them."""
 
 import contextlib
 import hashlib
@@ -23,7 +23,7 @@ COMMANDS = {name: kind for name, (kind, _) in W.COMMANDS.items()}
 
 
 def write_run(run_dir, seed=0, step=3, scale=1.0, **changes) -> Path:
-    """A run of a small model that nobody has trained; returns its folder."""
+    """A run of a small untrained model; returns its folder."""
     torch.manual_seed(seed)
     model, tokenizer = GPT(GPTConfig(**{**asdict(SHAPE), **changes})), byte_tokenizer()
     state = {

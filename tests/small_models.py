@@ -21,7 +21,7 @@ def far_from_default(model):
 
 
 def gpt(config=TINY, seed=0) -> GPT:
-    """A model that nobody has trained."""
+    """An untrained model."""
     torch.manual_seed(seed)
     return far_from_default(GPT(config))
 

@@ -8,7 +8,7 @@ Weights in the files of other projects: what a file holds, and our names for it.
     LLMs-from-scratch  a .pth file: query, key and value apart, an output head of its own
 
 Only names and shapes are read until a tensor is asked for. Files are untrusted: no code from them
-runs (pickles are loaded with `weights_only=True`), and no size in them is believed.
+runs (pickles are loaded with `weights_only=True`), and no size in them is trusted.
 """
 
 from __future__ import annotations
