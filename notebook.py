@@ -625,8 +625,7 @@ def _(chosen, context, device, dtype, folder, optimizer, ratio, recompute, share
             "device": "cpu" if measured else "cuda",
         }
         parts = {
-            b: memory_of(configs[size.value], Setting(b, **kept))
-            for b in (1, 2, 4, 8, 16, 32, 64)
+            b: memory_of(configs[size.value], Setting(b, **kept)) for b in (1, 2, 4, 8, 16, 32, 64)
         }
         bars = {}  # of each micro-batch: {part: GB}
         for b, n_bytes in parts.items():
