@@ -1,10 +1,11 @@
 """
-Batches of 8 x 256 tokens from a token shard of 20 million: ours, in the order of the trainer, against nanoGPT's get_batch.
+Time to read batches of 8 x 256 tokens from a shard of 20 million: ours against nanoGPT's get_batch.
 
     python benchmarks/batches.py
 
-A whole epoch of ours, with the shuffle and the comparison of every block with its hash; as many of get_batch, which draws places
-with repetition and compares nothing. Three times each in turn; prints the medians and their ratio. Ten seconds.
+Ours is a whole epoch in the order of the trainer, with the shuffle and the hash of every block.
+get_batch makes as many batches; it draws places with replacement and checks nothing. Three times
+each in turn; prints the medians and their ratio. Ten seconds.
 """
 
 import statistics
@@ -23,7 +24,7 @@ B, T, N = 8, 256, 20_000_000
 
 
 def ours(folder, index) -> float:
-    """Seconds per batch over an epoch, from the opening of the folder on."""
+    """Seconds per batch over an epoch, opening the folder included."""
     started = time.perf_counter()
     batches = TrainBatches(shards.Shards(folder, "train", index), T, 0, 50257)
     batches.share(0, 1, B, B)
@@ -34,16 +35,14 @@ def ours(folder, index) -> float:
 
 
 def get_batch(path, n: int) -> float:
-    """The same for nanoGPT's recipe: open the memmap, draw B places, cut and convert each, stack."""
+    """The same as nanoGPT does it: open the memmap, draw B places, cut and convert each, stack."""
     started = time.perf_counter()
     for _ in range(n):
         data = np.memmap(path, dtype=np.uint16, mode="r", offset=shards.HEADER_BYTES)
         places = torch.randint(len(data) - T, (B,))
-        x = torch.stack([torch.from_numpy(data[i : i + T].astype(np.int64)) for i in places])
-        y = torch.stack(
-            [torch.from_numpy(data[i + 1 : i + 1 + T].astype(np.int64)) for i in places]
-        )
-        assert x.shape == y.shape
+        x = [torch.from_numpy(data[i : i + T].astype(np.int64)) for i in places]
+        y = [torch.from_numpy(data[i + 1 : i + 1 + T].astype(np.int64)) for i in places]
+        assert torch.stack(x).shape == torch.stack(y).shape
     return (time.perf_counter() - started) / n
 
 
@@ -57,15 +56,17 @@ def main() -> None:
         def chunks(_):
             yield [ids], None
 
-        folder = shards.build(
-            Path(tmp) / "cache", tokenizer, chunks, lambda rows: {"train": (rows[0], 1, N)}, {}, 1
-        )
+        def tokenise(rows):
+            return {"train": (rows[0], 1, N)}
+
+        folder = shards.build(Path(tmp) / "cache", tokenizer, chunks, tokenise, {}, 1)
         index = shards.read_index(folder)
         path = folder / next(s["name"] for s in index["shards"] if "train" in s["name"])
         runs = [(ours(folder, index), get_batch(path, N // T // B)) for _ in range(3)]
     mine, theirs = (statistics.median(seconds) * 1e6 for seconds in zip(*runs, strict=True))
     print(
-        f"{B} x {T}: ours {mine:.1f} us a batch over an epoch, get_batch {theirs:.1f} us; ratio {theirs / mine:.1f}"
+        f"{B} x {T}: ours {mine:.1f} us per batch over an epoch, get_batch {theirs:.1f} us; "
+        f"ratio {theirs / mine:.1f}"
     )
 
 

@@ -151,7 +151,9 @@ class Bench:
         began = time.monotonic()
         if began >= self.ends:
             return Child(None)
-        log, lines, late = self.out / "logs" / name, [], threading.Event()
+        log = self.out / "logs" / name
+        lines = []
+        late = threading.Event()
         with open(f"{log}.out", "w", encoding="utf-8") as out, open(f"{log}.err", "wb") as err:
             process, end = self._start(command, err)
             timer = threading.Timer(min(self.ends - began, 86_400), lambda: (late.set(), end()))
@@ -176,11 +178,18 @@ class Bench:
 
     def _start(self, command, err):
         """The process, and a function that kills it and everything it started."""
-        mark, pipe = f"{self.mark}-{secrets.token_hex(4)}", subprocess.PIPE
-        line, env = [sys.executable, *map(str, command)], {**self.env, MARK: mark}
-        text = {"encoding": "utf-8", "errors": "replace"}
-        where = {"cwd": self.work, "env": env, "start_new_session": True}
-        process = subprocess.Popen(line, stdin=pipe, stdout=pipe, stderr=err, **text, **where)
+        mark = f"{self.mark}-{secrets.token_hex(4)}"
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=err,
+            encoding="utf-8",
+            errors="replace",
+            cwd=self.work,
+            env={**self.env, MARK: mark},
+            start_new_session=True,
+        )
 
         def end() -> None:
             with contextlib.suppress(ProcessLookupError):
@@ -222,7 +231,7 @@ class Bench:
 
 
 def output_of(*command: str) -> str | None:
-    """The first line that a program prints; None if it is not here or fails."""
+    """The first line that a program prints; None if it is not installed or fails."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "timeout": 20}
         done = subprocess.run(command, cwd=ROOT, encoding="utf-8", check=True, **options)

@@ -1,10 +1,11 @@
 """
-What each measure is worth on this machine: one training step of a GPT, with one thing more turned on from line to line.
+What each optimisation is worth here: a training step of a GPT, with one more of them on each line.
 
-    python benchmarks/ladder.py                                                       # 30 million parameters, 8 x 256 tokens
+    python benchmarks/ladder.py                            # 30 million parameters, 8 x 256 tokens
     python benchmarks/ladder.py --size 124M --batch_size 8 --context_length 1024
 
-Each line is a process of its own: three steps to warm up, then the median of eight. MFU is told where the peak of the device is known.
+Each line is measured in its own process: three steps to warm up, then the median of eight. MFU is
+printed if the peak of the device is known.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import gpt_train
 import parts.training.engine
 import parts.training.optim
 from parts.training.metrics import peak_flops
+from parts.training.plan import flops_per_token
 
 CUDA = torch.cuda.is_available()
 RUNGS = [
@@ -37,15 +39,15 @@ RUNGS += [] if CUDA else ["attention as products", "freed memory kept"]
 
 
 def whole_logits(hidden, weight, targets):
-    """The loss as it is written down."""
-    return F.cross_entropy(
-        F.linear(hidden, weight).float(), targets, ignore_index=-100, reduction="sum"
-    )
+    """The loss as in its definition, from all logits at once."""
+    logits = F.linear(hidden, weight).float()
+    return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
 
 
 def climb(args) -> None:
-    """Measure one line: everything up to it is on, the rest is taken out of our modules."""
-    on, device = RUNGS[: args.rung + 1], gpt_train.pick_device("auto")
+    """Measure one line: everything up to it is on, the rest is removed from our modules."""
+    on = RUNGS[: args.rung + 1]
+    device = gpt_train.pick_device("auto")
     if "SDPA" not in on:
         kernel = F.scaled_dot_product_attention
 
@@ -62,15 +64,19 @@ def climb(args) -> None:
         gpt_train.cross_entropy_of_head = whole_logits
     if "fused AdamW" not in on:
         fused = parts.training.optim.AdamW
-        parts.training.optim.AdamW = type(
-            "AdamW",
-            (fused,),
-            {"__init__": lambda self, groups, **_: fused.__init__(self, groups, fused=False)},
-        )
+
+        class Unfused(fused):
+            """AdamW as separate operations."""
+
+            def __init__(self, groups, **_):
+                super().__init__(groups, fused=False)
+
+        parts.training.optim.AdamW = Unfused
     if "freed memory kept" not in on:
         parts.training.engine.keep_freed_memory = lambda *_: None
-    args.eager, dtype = "compile" not in on, torch.bfloat16 if "bf16" in on else torch.float32
-    step, seconds = ours(args, device, dtype), []
+    args.eager = "compile" not in on
+    step = ours(args, device, torch.bfloat16 if "bf16" in on else torch.float32)
+    seconds = []
     ids = torch.randint(50257, (args.batch_size, args.context_length + 1)).to(device)
     for i in range(11):
         if i == 3:
@@ -81,7 +87,7 @@ def climb(args) -> None:
     shape = gpt_train.GPTConfig.of_size(args.size, vocab_size=50257, block_size=args.context_length)
     rate = args.batch_size * args.context_length / statistics.median(seconds[3:])
     peak = peak_flops(device, torch.bfloat16)
-    mfu = rate * gpt_train.flops_per_token(shape) / peak if peak else None
+    mfu = rate * flops_per_token(shape) / peak if peak else None
     print(json.dumps([rate, mfu, peak_bytes(device)]))
 
 
@@ -97,19 +103,21 @@ def main() -> None:
         return climb(args)
     first = None
     for i, name in enumerate(RUNGS):
-        done = subprocess.run(
-            [sys.executable, *sys.argv, "--rung", str(i)], capture_output=True, text=True
-        )
+        sign = "+" if i else " "
+        command = [sys.executable, *sys.argv, "--rung", str(i)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            print(
-                f"{'+ ' if i else ''}{name}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}",
-                flush=True,
-            )
+            error = (done.stderr.strip().splitlines() or ["failed"])[-1]
+            print(f"{sign} {name}: {error}", flush=True)
             continue
         rate, mfu, peak = json.loads(done.stdout.splitlines()[-1])
         first = first or rate
-        told = f"{rate:9,.0f} tokens/s{f', MFU {mfu:.1%}' if mfu else ''}, {peak / 2**20:6,.0f} MiB, {rate / first:.2f} times the first"
-        print(f"{'+ ' if i else '  '}{name:<22} {told}", flush=True)
+        shown_mfu = f", MFU {mfu:.1%}" if mfu else ""
+        print(
+            f"{sign} {name:<22} {rate:9,.0f} tokens/s{shown_mfu}, {peak / 2**20:6,.0f} MiB, "
+            f"{rate / first:.2f} times the first",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

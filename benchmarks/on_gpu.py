@@ -110,7 +110,8 @@ def kills(bench: Bench) -> dict:
 
 def step(bench: Bench) -> dict:
     """A training step, ours and that of transformers, by benchmarks/train_step.py."""
-    shape, script = bench.facts["shape"], ROOT / "benchmarks/train_step.py"
+    shape = bench.facts["shape"]
+    script = ROOT / "benchmarks/train_step.py"
     flags = [word for name, value in shape.items() for word in (f"--{name}", value)]
     given = "step\n" * 3 + "measure\n" + "step\n" * 9
     jobs, rows = {}, {}
@@ -159,8 +160,8 @@ def memory(bench: Bench) -> dict:
     """
     The peak of real runs against that of the plan: on a GPU what torch allocated.
 
-    On a CPU what is resident, less that of the smallest model, which is Python and torch; with a
-    model that is large enough to be told from them.
+    On a CPU what is resident, less that of the smallest model, which is Python and torch. The model
+    is large enough there to stand out.
     """
     shape = {"dataset_name": bench.data / "pairs", **bench.trained_shape, "max_steps": 3}
     kinds = {"plain": {}, "activation checkpointing": {"activation_checkpointing": True}}
@@ -186,7 +187,8 @@ def retry(bench: Bench) -> dict:
     """A micro-batch that needs twice the GPU: it is split, and the run finishes."""
     if not bench.cuda:
         raise Skipped("needs CUDA")
-    n_rows, data = bench.facts["too_many_rows"], bench.data / "pairs"
+    n_rows = bench.facts["too_many_rows"]
+    data = bench.data / "pairs"
     shape = bench.trained_shape | {"batch_size": n_rows, "max_steps": 2}
     run = bench.train("retry", dataset_name=data, **shape)
     parts = re.findall(r"out of memory with micro-batches of .*; each in (\d+) parts", run.out)
@@ -210,8 +212,9 @@ def fsdp(bench: Bench) -> dict:
 
 
 def ladder(bench: Bench) -> dict:
-    """What each measure is worth, by the lines of benchmarks/ladder.py."""
-    shape, script = bench.facts["shape"].items(), ROOT / "benchmarks/ladder.py"
+    """What each optimisation is worth, by the lines of benchmarks/ladder.py."""
+    shape = bench.facts["shape"].items()
+    script = ROOT / "benchmarks/ladder.py"
     flags = [word for name, value in shape if name != "dtype" for word in (f"--{name}", value)]
     jobs = {}
     for i, name in enumerate(bench.facts["rungs"]):
@@ -279,7 +282,8 @@ def write_report(report: dict, out: Path) -> None:
 
 def run_part(part, bench: Bench, limit: float, deadline: float) -> dict:
     """{"status", "seconds", "figures"} of one part, whatever happens in it."""
-    began, figures = time.monotonic(), {}
+    began = time.monotonic()
+    figures = {}
     if began >= deadline:
         return {"status": "not run: out of time", "seconds": 0.0, "figures": {}}
     bench.ends = min(began + limit, deadline)
@@ -297,11 +301,17 @@ def run_part(part, bench: Bench, limit: float, deadline: float) -> dict:
 
 def measure(bench: Bench, names: list[str], minutes: float, command: str) -> int:
     """Run the parts, report after each; returns the exit code."""
-    deadline, parts, code = time.monotonic() + 60 * minutes, {}, 0
-    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    commit, date = output_of("git", "rev-parse", "--short", "HEAD"), time.strftime("%Y-%m-%d")
-    report = {"command": command, "date": date, "commit": commit, "driver": driver}
-    report |= {"facts": bench.facts, "parts": parts}
+    deadline = time.monotonic() + 60 * minutes
+    parts = {}
+    code = 0
+    report = {
+        "command": command,
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": output_of("git", "rev-parse", "--short", "HEAD"),
+        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "facts": bench.facts,
+        "parts": parts,
+    }
     try:
         for name in names:
             part, limit = PARTS[name]
@@ -343,8 +353,10 @@ def arguments(words: list[str]) -> argparse.Namespace:
 
 def main(words: list[str]) -> int:
     """Prepare, measure, report; returns the exit code. Raises ValueError for bad arguments."""
-    args, began = arguments(words), time.monotonic()
-    out, data = Path(args.out).resolve(), Path(args.data).resolve()
+    began = time.monotonic()
+    args = arguments(words)
+    out = Path(args.out).resolve()
+    data = Path(args.data).resolve()
     with tempfile.TemporaryDirectory(prefix="on_gpu-", ignore_cleanup_errors=True) as folder:
         work = Path(folder)
         (work / "logs").mkdir()

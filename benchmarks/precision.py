@@ -1,9 +1,10 @@
 """
-What bf16 is worth on this device: one training step of a 10-million-parameter GPT in fp32 and under bf16 autocast.
+A training step of a GPT of 10 million parameters on this device: fp32 against bf16 autocast.
 
     python benchmarks/precision.py
 
-Steps of the two alternate after a warm-up; prints the median of each and their ratio. Half a minute on two CPU cores.
+Steps of the two alternate after a warm-up; prints the median of each and their ratio. Half a minute
+on two CPU cores.
 """
 
 import statistics
@@ -19,8 +20,10 @@ from parts.training.ranks import Ranks
 
 def main() -> None:
     """Measure and print."""
-    device, B, T, V = pick_device("auto"), 8, 256, 4096
-    ids, runs = torch.randint(V, (B, T), device=device), {}
+    device = pick_device("auto")
+    B, T, V = 8, 256, 4096
+    ids = torch.randint(V, (B, T), device=device)
+    runs = {}
     for dtype in (torch.float32, torch.bfloat16):
         engine = ENGINES["none"](Ranks(device, group=False), dtype)
         model = GPT(GPTConfig.of_size("mini", vocab_size=V, block_size=T))

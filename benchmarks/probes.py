@@ -1,5 +1,5 @@
 """
-What on_gpu.py has to ask torch and this project, each question in a process of its own.
+What on_gpu.py asks torch and this project, each question in its own process.
 
     echo '{"device": "cpu", "size": "nano", "T": 64, "rows": 2}' | python benchmarks/probes.py facts
 
@@ -36,7 +36,8 @@ from parts.training.plan import Setting, flops_per_token, memory_of
 OPTIONAL = ("transformers", "tqdm", "matplotlib", "datasets", "galore_torch")
 CHECKS = ("python_and_packages", "optional_packages", "devices", "compiler", "disk")
 STEPS = 3  # under the profiler
-STEP, HEAD = "whole step", "head and loss"  # ranges in the trace
+STEP = "whole step"  # a range in the trace
+HEAD = "head and loss"  # another
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
@@ -55,7 +56,8 @@ def made_up_texts() -> list[str]:
 
 def prepare(given: dict) -> dict:
     """Write token shards of bytes, and of a vocabulary as large as GPT-2's: bytes and pairs."""
-    texts, folder = made_up_texts(), Path(given["data"])
+    texts = made_up_texts()
+    folder = Path(given["data"])
     ranks = {bytes([b]): b for b in range(256)}
     ranks |= {bytes(divmod(i, 256)): 256 + i for i in range(50_000)}
     pairs = Tokenizer("pairs", ranks, {EOT: 50_256})
@@ -80,7 +82,8 @@ def facts(given: dict) -> dict:
     dtype, reason = choose_dtype("auto", device)
     shape = GPTConfig.of_size(given["size"], block_size=given["T"])
     short = next(name for name, kind in DTYPES.items() if kind == dtype)
-    memory, name = free_memory(str(device))[0], platform.machine()
+    memory = free_memory(str(device))[0]
+    name = platform.machine()
     if cuda:
         memory = torch.cuda.get_device_properties(device).total_memory
         name = torch.cuda.get_device_name(device)
@@ -157,9 +160,11 @@ def peaks(given: dict) -> dict:
 
 def profile(given: dict) -> dict:
     """Figures of one step from torch.profiler; the trace is written to given["trace"]."""
-    device, args = pick_device("auto"), SimpleNamespace(**given)
+    device = pick_device("auto")
+    args = SimpleNamespace(**given)
     cuda = device.type == "cuda"
-    head, wait = gpt_train.cross_entropy_of_head, torch.cuda.synchronize if cuda else bool
+    head = gpt_train.cross_entropy_of_head
+    wait = torch.cuda.synchronize if cuda else bool
 
     def recorded_head(*inputs):
         with record_function(HEAD):
@@ -219,8 +224,9 @@ def count_events(events: list[dict], ms: float) -> dict:
 
 
 def covered(events: list[dict]) -> float:
-    """Microseconds during which at least one of the events is going on."""
-    total, end = 0.0, -math.inf
+    """Microseconds in which at least one of the events runs."""
+    total = 0.0
+    end = -math.inf
     for start, stop in sorted((e["ts"], e["ts"] + e["dur"]) for e in events):
         total += max(0.0, stop - max(start, end))
         end = max(end, stop)

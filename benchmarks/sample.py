@@ -1,11 +1,12 @@
 """
-Sampling with cached keys and values against transformers' generate (sdpa, cache): the same weights, type and number of tokens.
+Sampling with cached keys and values, ours against transformers' generate (sdpa, cache).
 
-    python benchmarks/sample.py                      # 124M shape, 200 tokens, batches of 1 and 8, fp32
+    python benchmarks/sample.py                      # 124M, 200 tokens, batches of 1 and 8, fp32
     python benchmarks/sample.py --dtype bf16 --device cuda
     python benchmarks/sample.py --size nano          # seconds
 
-Warm-up, then three times each in turn; prints tokens/s from the medians, and their ratio. Both sample with top-k 50.
+Weights, dtype, number of tokens and top-k (50) are the same. After a warm-up, three times each in
+turn; prints tokens/s from the medians, and their ratio.
 """
 
 import argparse
@@ -16,12 +17,14 @@ import torch
 import transformers
 
 from gpt_train import GPT, SIZES, GPTConfig, generate
+from parts.base.dtypes import DTYPES
 
-PROMPT_TOKENS, NEW_TOKENS = 16, 200
+PROMPT_TOKENS = 16
+NEW_TOKENS = 200
 
 
 def seconds(run, device) -> float:
-    """How long one call takes."""
+    """Seconds of one call."""
     started = time.perf_counter()
     run()
     if device == "cuda":
@@ -40,21 +43,17 @@ def main() -> None:
     torch.manual_seed(0)
     ours = GPT(GPTConfig.of_size(args.size)).eval()
     c = ours.config
-    theirs = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, attn_implementation="sdpa"
-        )
-    ).eval()
-    transposed = (
-        "c_attn.weight",
-        "c_proj.weight",
-        "c_fc.weight",
-    )  # transformers keeps them as (in, out)
-    theirs.transformer.load_state_dict(
-        {k: v.t() if k.endswith(transposed) else v for k, v in ours.state_dict().items()}
-    )
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    ours, theirs = ours.to(args.device, dtype), theirs.to(args.device, dtype)
+    sizes = {"n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head}
+    config = transformers.GPT2Config(**sizes, attn_implementation="sdpa")
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    # transformers stores these as (in, out)
+    transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    weights = ours.state_dict()
+    weights = {name: t.t() if name.endswith(transposed) else t for name, t in weights.items()}
+    theirs.transformer.load_state_dict(weights)
+    dtype = DTYPES[args.dtype]
+    ours = ours.to(args.device, dtype)
+    theirs = theirs.to(args.device, dtype)
     for B in (1, 8):
         ids = torch.randint(c.vocab_size, (B, PROMPT_TOKENS), device=args.device)
         options = {
@@ -63,8 +62,9 @@ def main() -> None:
             "do_sample": True,
             "top_k": 50,
             "use_cache": True,
+            "attention_mask": torch.ones_like(ids),
+            "pad_token_id": 50256,
         }
-        options |= {"attention_mask": torch.ones_like(ids), "pad_token_id": 50256}
         runs = {
             "ours": lambda ids=ids: generate(ours, ids, NEW_TOKENS, top_k=50, seed=1),
             "transformers": lambda ids=ids, options=options: theirs.generate(ids, **options),
@@ -78,7 +78,8 @@ def main() -> None:
         rate = {name: B * NEW_TOKENS / statistics.median(times) for name, times in measured.items()}
         peer = rate["transformers"]
         print(
-            f"batch {B}: ours {rate['ours']:.1f} tokens/s, transformers {peer:.1f}; ratio {rate['ours'] / peer:.2f}",
+            f"batch {B}: ours {rate['ours']:.1f} tokens/s, transformers {peer:.1f}; "
+            f"ratio {rate['ours'] / peer:.2f}",
             flush=True,
         )
 

@@ -1,11 +1,12 @@
 """
-From the start of the process to the end of its first step, in seconds of CPU: ours against a bare loop around transformers' GPT-2.
+CPU time of a training of one step: our trainer against a bare loop around transformers' GPT-2.
 
     python benchmarks/startup.py
 
-Ours is pretraining_advanced.py with tests/faults/tiny.yaml: tokens, run folder, one step, evaluation, checkpoint, plot. The peer
-imports torch and GPT2LMHeadModel, makes a model of the same size and does one step of AdamW on random ids, nothing else. Also
-shown: the import of torch alone, which both pay, and --help. Five times each in turn; medians. A minute.
+Ours is pretraining_advanced.py with tests/faults/tiny.yaml: tokens, run folder, one step,
+evaluation, checkpoint, plot. The peer imports torch and GPT2LMHeadModel, makes a model of the same
+size and does one step of AdamW on random ids, nothing else. Also prints the import of torch alone,
+which both pay, and --help. Five times each in turn; medians. A minute.
 """
 
 import os
@@ -39,36 +40,27 @@ def cpu_seconds(command: list) -> float:
 
 def main() -> None:
     """Measure and print."""
-    python, script = sys.executable, ROOT / "pretraining_advanced.py"
+    python = sys.executable
+    script = ROOT / "pretraining_advanced.py"
     with tempfile.TemporaryDirectory() as tmp:
         subprocess.run([python, ROOT / "tests/faults/make_corpus.py", f"{tmp}/data"], check=True)
-        run = [
-            python,
-            script,
-            "--config",
-            ROOT / "tests/faults/tiny.yaml",
-            "--dataset_name",
-            f"{tmp}/data",
-            "--cache_dir",
-            f"{tmp}/cache",
-        ]
+        run = [python, script, "--config", ROOT / "tests/faults/tiny.yaml", "--max_steps", "1"]
+        run += ["--dataset_name", f"{tmp}/data", "--cache_dir", f"{tmp}/cache"]
+        run += ["--resume", "never", "--output_dir", f"{tmp}/run"]
         commands = {
-            "ours": [*run, "--max_steps", "1", "--resume", "never", "--output_dir", f"{tmp}/run"],
+            "ours": run,
             "transformers": [python, "-c", PEER],
             "import torch": [python, "-c", "import torch"],
             "--help": [python, script, "--help"],
         }
-        seen = {
-            name: [cpu_seconds(command)] for name, command in commands.items()
-        }  # files into memory, cache built
-        for _ in range(5):
+        seen = {name: [] for name in commands}
+        for _ in range(6):  # the first reads files into memory and builds the token cache
             for name, command in commands.items():
                 seen[name].append(cpu_seconds(command))
     medians = {name: statistics.median(seconds[1:]) for name, seconds in seen.items()}
     print(", ".join(f"{name} {seconds:.2f} s" for name, seconds in medians.items()))
-    print(
-        f"ratio {medians['transformers'] / medians['ours']:.2f} (CPU time, transformers over ours)"
-    )
+    ratio = medians["transformers"] / medians["ours"]
+    print(f"ratio {ratio:.2f} (CPU time, transformers over ours)")
 
 
 if __name__ == "__main__":

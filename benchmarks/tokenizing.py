@@ -1,12 +1,13 @@
 """
-Text to token shards with GPT-2's vocabulary: prep_dataset.py smollm against nanoGPT's recipe, datasets.map(num_proc=2) and a memmap.
+Text to token shards with GPT-2's vocabulary: prep_dataset.py against datasets.map and a memmap.
 
-    python benchmarks/tokenizing.py --data FOLDER        # parquet, jsonl or txt files, such as a part of smollm-corpus
-    python benchmarks/tokenizing.py                      # the prose of Python's documentation, two hundred times over
+    python benchmarks/tokenizing.py --data FOLDER    # parquet or jsonl, such as of smollm-corpus
+    python benchmarks/tokenizing.py                  # Python's documentation, two hundred times
 
-Both are processes of their own, from start to end, with the same documents and two workers; the Arrow cache of the peer is new
-each time. Both write the same tokens into the same two files, train and val, which is checked byte by byte; what else we write
-(hashes, index, tokenizer) the peer does not. Three times each in turn; prints MB/s from the medians, and their ratio.
+The peer is nanoGPT's recipe, datasets.map(num_proc=2). Both are processes, timed from start to end,
+with the same documents and two workers; the Arrow cache of the peer is new each time. Both write
+the same tokens into two files, train and val, which is checked byte by byte; our hashes, index and
+tokenizer come on top. Three times each in turn; prints MB/s from the medians, and their ratio.
 """
 
 import argparse
@@ -39,8 +40,12 @@ def process(example):
 
 done = dataset.map(process, remove_columns=dataset.column_names, num_proc=2)
 lengths, val = np.array(done["len"]), np.array(done["val"])
-arrays = [np.memmap(f"{out}.{side}", np.uint16, "w+", shape=(int(lengths[val == side].sum()),)) for side in (0, 1)]
-at, parts = [0, 0], min(64, len(done))
+arrays = []
+for side in (0, 1):
+    n = int(lengths[val == side].sum())
+    arrays.append(np.memmap(f"{out}.{side}", np.uint16, "w+", shape=(n,)))
+at = [0, 0]
+parts = min(64, len(done))
 for i in range(parts):
     batch = done.shard(num_shards=parts, index=i, contiguous=True).with_format("numpy")[:]
     for side in (0, 1):
@@ -60,21 +65,19 @@ def main() -> None:
     parser.add_argument("--data")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as tmp:
-        files = (
-            sorted(str(f) for f in Path(args.data).rglob("*") if f.suffix in (".parquet", ".jsonl"))
-            if args.data
-            else []
-        )
+        files = []
+        if args.data:
+            found = Path(args.data).rglob("*")
+            files = sorted(str(f) for f in found if f.suffix in (".parquet", ".jsonl"))
         if not files:
-            documents = python_docs()
-            with open(f"{tmp}/docs.jsonl", "w", encoding="utf-8") as f:
-                f.writelines(
-                    json.dumps({"text": text}) + "\n" for _ in range(200) for text in documents
-                )
+            lines = [json.dumps({"text": text}) + "\n" for text in python_docs()]
             files = [f"{tmp}/docs.jsonl"]
+            with open(files[0], "w", encoding="utf-8") as f:
+                for _ in range(200):
+                    f.writelines(lines)
         kinds = {Path(f).suffix for f in files}
         if len(kinds) > 1:
-            sys.exit(f"{args.data}: holds both parquet and jsonl; give a folder of one kind")
+            sys.exit(f"{args.data}: has both parquet and jsonl files; give a folder of one kind")
         os.makedirs(f"{tmp}/text")
         for i, f in enumerate(files):
             os.symlink(os.path.abspath(f), f"{tmp}/text/{i:05d}{Path(f).suffix}")
@@ -82,36 +85,31 @@ def main() -> None:
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
         seconds = {"ours": [], "peer": []}
         for i in range(3):
-            build = [
-                ROOT / "prep_dataset.py",
-                "smollm",
-                "--dataset_name",
-                f"{tmp}/text",
-                "--cache_dir",
-                f"{tmp}/ours{i}",
-            ]
+            cache = f"{tmp}/ours{i}"
+            build = [ROOT / "prep_dataset.py", "tokenize"]
+            build += ["--dataset_name", f"{tmp}/text", "--cache_dir", cache]
             started = time.perf_counter()
             subprocess.run([sys.executable, *build], check=True, capture_output=True, env=env)
             seconds["ours"].append(time.perf_counter() - started)
-            index = json.loads(next(Path(f"{tmp}/ours{i}").glob("*/index.json")).read_text())
-            n_tokens, n_bytes = (
-                sum(s[key] for s in index["shards"]) for key in ("tokens", "bytes")
-            )
+            index = next(Path(cache).glob("*/index.json"))
+            shards = json.loads(index.read_text(encoding="utf-8"))["shards"]
+            n_tokens = sum(shard["tokens"] for shard in shards)
+            n_bytes = sum(shard["bytes"] for shard in shards)
             peer = [PEER, kind, "\n".join(files), f"{tmp}/peer.bin", f"{tmp}/arrow{i}"]
             started = time.perf_counter()
             subprocess.run([sys.executable, "-c", *peer], check=True, capture_output=True, env=env)
             seconds["peer"].append(time.perf_counter() - started)
             for side, split in enumerate(("train", "val")):
-                shards = sorted(Path(f"{tmp}/ours{i}").glob(f"*/{split}_*.bin"))
-                if (
-                    b"".join(f.read_bytes()[HEADER_BYTES:] for f in shards)
-                    != Path(f"{tmp}/peer.bin.{side}").read_bytes()
-                ):
+                files_of_split = sorted(Path(cache).glob(f"*/{split}_*.bin"))
+                tokens = b"".join(f.read_bytes()[HEADER_BYTES:] for f in files_of_split)
+                if tokens != Path(f"{tmp}/peer.bin.{side}").read_bytes():
                     sys.exit(f"the two sides do not have the same tokens in {split}")
-    ours, theirs = (n_bytes / 1e6 / statistics.median(seconds[side]) for side in ("ours", "peer"))
+    ours = n_bytes / 1e6 / statistics.median(seconds["ours"])
+    theirs = n_bytes / 1e6 / statistics.median(seconds["peer"])
     print(f"{n_bytes / 1e6:.1f} MB, {n_tokens:,} tokens")
     print(
-        f"ours {ours:.1f} MB/s, datasets.map(num_proc=2) {theirs:.1f} MB/s; ratio {ours / theirs:.1f}"
+        f"ours {ours:.1f} MB/s, datasets.map(num_proc=2) {theirs:.1f} MB/s; "
+        f"ratio {ours / theirs:.1f}"
     )
 
 

@@ -1,13 +1,15 @@
 """
-One training step, ours against GPT2LMHeadModel of transformers: bf16 autocast, both compiled, fused AdamW, clipping at 1.0, no dropout.
+One training step, ours against GPT2LMHeadModel of transformers.
 
-    python benchmarks/train_step.py                                                   # 30 million parameters, 8 x 256 tokens
+    python benchmarks/train_step.py                        # 30 million parameters, 8 x 256 tokens
     python benchmarks/train_step.py --size 124M --batch_size 2 --context_length 512
     python benchmarks/train_step.py --eager --dtype fp32
 
-Each side is a process of its own, so that memory can be told apart; they take turns step by step, the one that waits sleeps.
-Prints the median of the steps, tokens/s, the highest memory while training (after the compiler has ended), and the two ratios.
-The weights are the same on both sides, and the losses of the first step are compared.
+Both sides: bf16 autocast, compiled, fused AdamW, clipping at 1.0, no dropout. Each side is a
+process, so that memory is measured separately; they take turns step by step, and the one that waits
+sleeps. Prints the median of the steps, tokens/s, the highest memory of training (after compiling),
+and the two ratios. The weights are the same on both sides, and the losses of the first step are
+compared.
 """
 
 import argparse
@@ -21,9 +23,13 @@ import time
 SIDES = ("ours", "transformers")
 
 
+def shape_of(args) -> dict:
+    """What both sides change in the model of that size."""
+    return {"vocab_size": 50257, "block_size": args.context_length, "dropout": 0.0}
+
+
 def ours(args, device, dtype):
     """A function that does one step of the production trainer and returns its loss."""
-
     import torch
 
     from gpt_train import GPT, Block, GPTConfig
@@ -35,9 +41,7 @@ def ours(args, device, dtype):
     from pretraining_advanced import Job, TrainConfig, gpt_loss, gradients
 
     torch.manual_seed(0)
-    gpt = GPT(
-        GPTConfig.of_size(args.size, vocab_size=50257, block_size=args.context_length, dropout=0.0)
-    )
+    gpt = GPT(GPTConfig.of_size(args.size, **shape_of(args)))
     engine = Engine(Ranks(device, group=False), dtype)
     job = Job("gpt", gpt, None, None, gpt_loss, (Block,), 1, args.context_length, {})
     config = TrainConfig(batch_size=args.batch_size)
@@ -62,37 +66,34 @@ def ours(args, device, dtype):
 
 
 def transformers(args, device, dtype):
-    """The same with transformers and torch.optim, as their documentation has it."""
+    """The same with transformers and torch.optim, as in their documentation."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from gpt_train import GPT, GPTConfig
 
     torch.manual_seed(0)
-    shape = GPTConfig.of_size(
-        args.size, vocab_size=50257, block_size=args.context_length, dropout=0.0
-    )
+    shape = GPTConfig.of_size(args.size, **shape_of(args))
     weights = GPT(shape).named_parameters()
-    sizes = {
-        "n_layer": shape.n_layer,
-        "n_head": shape.n_head,
-        "n_embd": shape.n_embd,
-        "n_positions": args.context_length,
-    }
-    model = GPT2LMHeadModel(
-        GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, use_cache=False, **sizes)
-    ).to(device)
+    config = GPT2Config(
+        n_layer=shape.n_layer,
+        n_head=shape.n_head,
+        n_embd=shape.n_embd,
+        n_positions=args.context_length,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+        use_cache=False,
+    )
+    model = GPT2LMHeadModel(config).to(device)
     with torch.no_grad():
-        for name, p in weights:  # the names are the same; its Conv1D holds weights transposed
+        for name, p in weights:  # the names are the same; Conv1D stores its weights transposed
             linear = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
             model.transformer.get_parameter(name).copy_(p.T if linear else p)
     model = model if args.eager else torch.compile(model)
     groups = [
-        [p for p in model.parameters() if p.ndim >= 2],
-        [p for p in model.parameters() if p.ndim < 2],
-    ]
-    groups = [
-        {"params": p, "weight_decay": decay} for p, decay in zip(groups, (0.1, 0.0), strict=True)
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
 
@@ -110,13 +111,13 @@ def transformers(args, device, dtype):
 
 
 def forget_peak(device) -> None:
-    """The highest memory counts from here on: what compiling took is forgotten."""
+    """Measure the highest memory from here on: not that of compiling."""
     import torch
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        with open("/proc/self/clear_refs", "w") as f:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as f:
             f.write("5")
 
 
@@ -126,12 +127,12 @@ def peak_bytes(device) -> int:
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    with open("/proc/self/status") as f:
+    with open("/proc/self/status", encoding="ascii") as f:
         return next(int(row.split()[1]) * 1024 for row in f if row.startswith("VmHWM"))
 
 
 def work(args) -> None:
-    """One side: a step for each line that comes in, its seconds, loss and memory going out."""
+    """One side: for each line that it reads a step, of which it prints seconds, loss and memory."""
     import torch
 
     from gpt_train import pick_device
@@ -140,10 +141,9 @@ def work(args) -> None:
     device = pick_device("auto")
     step = globals()[args.side](args, device, choose_dtype(args.dtype, device)[0])
     generator = torch.Generator().manual_seed(1)
+    size = (args.batch_size, args.context_length + 1)
     for line in sys.stdin:
-        ids = torch.randint(
-            50257, (args.batch_size, args.context_length + 1), generator=generator
-        ).to(device)
+        ids = torch.randint(50257, size, generator=generator).to(device)
         if line.strip() == "measure":
             forget_peak(device)
         started = time.perf_counter()
@@ -165,18 +165,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.side:
         return work(args)
-    command = [sys.executable, *sys.argv]
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    sides = {
-        s: subprocess.Popen(
-            [*command, "--side", s],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=env,
-        )
-        for s in SIDES
-    }
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    sides = {}
+    for side in SIDES:
+        command = [sys.executable, *sys.argv, "--side", side]
+        sides[side] = subprocess.Popen(command, env=env, **pipes)
     seen = {side: [] for side in SIDES}
     for i in range(args.steps + 3):
         for side, process in sides.items():
@@ -188,15 +182,20 @@ def main() -> None:
         process.wait()
     for side, steps in seen.items():
         seconds = statistics.median(s for s, _, _ in steps[3:])
-        tokens, peak = args.batch_size * args.context_length / seconds, steps[-1][2]
+        rate = args.batch_size * args.context_length / seconds
+        peak = steps[-1][2]
+        first_loss = steps[0][1]
         print(
-            f"{side:>12}: {seconds * 1000:7.1f} ms per step, {tokens:,.0f} tokens/s, {peak / 2**20:,.0f} MiB, first loss {steps[0][1]:.4f}"
+            f"{side:>12}: {seconds * 1000:7.1f} ms per step, {rate:,.0f} tokens/s, "
+            f"{peak / 2**20:,.0f} MiB, first loss {first_loss:.4f}"
         )
-        seen[side] = (seconds, peak, steps[0][1])
+        seen[side] = {"seconds": seconds, "peak": peak, "loss": first_loss}
     a, b = (seen[side] for side in SIDES)
-    if abs(a[2] - b[2]) > 2e-3:
+    if abs(a["loss"] - b["loss"]) > 2e-3:
         raise SystemExit("the two sides do not compute the same loss")
-    print(f"{args.size}: {b[0] / a[0]:.2f} times the tokens/s, {a[1] / b[1]:.2f} of the memory")
+    faster = b["seconds"] / a["seconds"]
+    smaller = a["peak"] / b["peak"]
+    print(f"{args.size}: {faster:.2f} times the tokens/s, {smaller:.2f} of the memory")
 
 
 if __name__ == "__main__":

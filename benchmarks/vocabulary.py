@@ -1,9 +1,10 @@
 """
-What a vocabulary costs: one training step of the laptop model with GPT-2's 50,257 ids and with a BPE of 4,096.
+What a vocabulary costs: a training step of the laptop model with 50,257 ids and with 4,096.
 
     python benchmarks/vocabulary.py
 
-Steps of the two alternate after a warm-up; prints the median of each and their ratio. About a minute on two CPU cores.
+The first is GPT-2's vocabulary. Steps of the two alternate after a warm-up; prints the median of
+each and their ratio. About a minute on two CPU cores.
 """
 
 import statistics
@@ -17,18 +18,13 @@ from pretraining_simple import CPU_DEFAULTS
 
 def main() -> None:
     """Measure and print."""
-    device, B, T = pick_device("auto"), CPU_DEFAULTS["batch_size"], CPU_DEFAULTS["context_length"]
+    device = pick_device("auto")
+    size, B, T = (CPU_DEFAULTS[name] for name in ("model_size", "batch_size", "context_length"))
     runs = {}
     for V in (50257, 4096):
-        model = GPT(GPTConfig.of_size(CPU_DEFAULTS["model_size"], vocab_size=V, block_size=T)).to(
-            device
-        )
-        runs[V] = (
-            model,
-            torch.optim.AdamW(model.parameters(), fused=device.type != "mps"),
-            torch.randint(V, (B, T)),
-            [],
-        )
+        model = GPT(GPTConfig.of_size(size, vocab_size=V, block_size=T)).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=device.type != "mps")
+        runs[V] = (model, optimizer, torch.randint(V, (B, T)), [])
     for _ in range(12):
         for model, optimizer, ids, seconds in runs.values():
             started = time.perf_counter()
@@ -40,12 +36,10 @@ def main() -> None:
             seconds.append(time.perf_counter() - started)
     medians = {V: statistics.median(seconds[2:]) for V, (*_, seconds) in runs.items()}
     for V, s in medians.items():
-        print(
-            f"{V:>6} ids: {s * 1000:7.1f} ms per step of {B} x {T} tokens, {B * T / s:,.0f} tokens/s"
-        )
-    print(
-        f"ratio {medians[50257] / medians[4096]:.1f} ({device}, {torch.get_num_threads()} threads, torch {torch.__version__})"
-    )
+        step = f"{s * 1000:7.1f} ms per step of {B} x {T} tokens"
+        print(f"{V:>6} ids: {step}, {B * T / s:,.0f} tokens/s")
+    machine = f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"ratio {medians[50257] / medians[4096]:.1f} ({machine})")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""The benchmarks run, here on the smallest model: what they print must come from a measurement, not from a script that fell behind."""
+"""The benchmarks run, here on the smallest model, so that no change of the project breaks them."""
 
+import json
 import os
 import re
 import subprocess
@@ -17,35 +18,32 @@ def run(script, *flags) -> str:
     return done.stdout
 
 
+SMALLEST = "--size nano --batch_size 1 --context_length 16".split()
+
+
 def test_train_step_computes_the_same_loss_on_both_sides():
     pytest.importorskip("transformers")
-    out = run(
-        "train_step.py",
-        "--size",
-        "nano",
-        "--batch_size",
-        "1",
-        "--context_length",
-        "16",
-        "--steps",
-        "2",
-        "--eager",
-        "--dtype",
-        "fp32",
-    )
+    out = run("train_step.py", *SMALLEST, "--steps", "2", "--eager", "--dtype", "fp32")
     losses = re.findall(r"first loss ([\d.]+)", out)
     assert len(losses) == 2 and abs(float(losses[0]) - float(losses[1])) < 2e-3
     assert re.search(r"nano: [\d.]+ times the tokens/s, [\d.]+ of the memory", out)
 
 
+def test_the_first_line_of_the_ladder():
+    rate, _, peak = json.loads(run("ladder.py", *SMALLEST, "--rung", "0").splitlines()[-1])
+    assert rate > 0 and peak > 2**20
+
+
 def test_checkpoint():
-    assert re.search(
-        r"verified\ntorch.save: .* ratio [\d.]+\nevery 10 minutes: [\d.]+%",
-        run("checkpoint.py", "--size", "nano"),
-    )
+    out = run("checkpoint.py", "--size", "nano")
+    assert re.search(r"verified\ntorch.save: .* ratio [\d.]+\nevery 10 minutes: [\d.]+%", out)
 
 
-@pytest.mark.parametrize("script", sorted(p.name for p in (ROOT / "benchmarks").glob("*.py")))
+SCRIPTS = sorted(p.name for p in (ROOT / "benchmarks").glob("*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_finds_what_it_imports(script):
-    program = f"import runpy, sys; sys.path.insert(0, 'benchmarks'); runpy.run_path('benchmarks/{script}')"
+    path = f"benchmarks/{script}"
+    program = f"import runpy, sys; sys.path.insert(0, 'benchmarks'); runpy.run_path({path!r})"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
