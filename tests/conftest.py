@@ -88,8 +88,10 @@ KEPT = (
 
 def pytest_configure(config):
     explicit = config.args_source != pytest.Config.ArgsSource.TESTPATHS
-    if not hasattr(config, "workerinput") and (explicit or config.option.nightly):
-        config.option.all = True  # the processes of xdist get this option, too
+    if not hasattr(config, "workerinput") and (
+        explicit or config.option.all or config.option.nightly
+    ):
+        os.environ["EVERY_TEST"] = "1"  # the processes of xdist inherit it
 
 
 def is_full(item) -> bool:
@@ -102,7 +104,7 @@ def is_full(item) -> bool:
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.option.all:
+    if "EVERY_TEST" in os.environ:
         return
     full = [item for item in items if is_full(item)]
     config.hook.pytest_deselected(items=full)
