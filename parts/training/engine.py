@@ -83,18 +83,23 @@ class Engine:
         cpu_offload, reshard and replicate: see Sharded. Raises ValueError for options that this
         engine does not have.
         """
-        self.refuse(cpu_offload=cpu_offload, reshard=not reshard, replicate=replicate != 1)
         self.wrap_blocks(model, blocks, activation_checkpointing, compile_blocks)
-        model.to(self.ranks.device)
-        self.finish(model, make_optimizer, activation_checkpointing)
+        self.place(model, blocks, cpu_offload, reshard, replicate)
+        if self.ranks.device.type == "cpu":
+            # activation checkpointing asks for less memory, not for speed
+            keep_freed_memory(not activation_checkpointing)
+        self.optimizer = make_optimizer(model)
+        self.model = self.wrap(model)
 
-    def refuse(self, **options: bool) -> None:
-        """Raises ValueError for the first option that is on: only fsdp has it."""
+    def place(self, model, blocks, cpu_offload: bool, reshard: bool, replicate: int) -> None:
+        """Put the model on its device. Raises ValueError for the options of fsdp."""
+        options = {"cpu_offload": cpu_offload, "reshard": not reshard, "replicate": replicate != 1}
         for option in (name for name, on in options.items() if on):
             raise ValueError(
                 f"--{option}: needs --parallel fsdp, this is {self.name}; "
                 "start with torchrun, or leave it out"
             )
+        model.to(self.ranks.device)
 
     def wrap_blocks(self, model, blocks, activation_checkpointing, compile_blocks) -> None:
         """Activation checkpointing, then compile, on each block of the model."""
@@ -104,14 +109,6 @@ class Engine:
             if compile_blocks:
                 # dynamic: a new shape would otherwise change the kernels of the earlier one
                 block.compile(dynamic=False)
-
-    def finish(self, model, make_optimizer, activation_checkpointing: bool) -> None:
-        """The optimizer of a model that is on its device, and the model to call."""
-        if self.ranks.device.type == "cpu":
-            # activation checkpointing asks for less memory, not for speed
-            keep_freed_memory(not activation_checkpointing)
-        self.optimizer = make_optimizer(model)
-        self.model = self.wrap(model)
 
     def wrap(self, model):
         """The model to call in training."""
@@ -299,30 +296,17 @@ class Sharded(Engine):
         """Only rank 0 gives the model memory; the others get their shards in `prepare`."""
         return torch.device("meta") if self.ranks.rank else contextlib.nullcontext()
 
-    def prepare(
-        self,
-        model,
-        blocks: tuple,
-        make_optimizer,
-        *,
-        activation_checkpointing: bool = False,
-        compile_blocks: bool = False,
-        cpu_offload: bool = False,
-        reshard: bool = True,
-        replicate: int = 1,
-    ) -> None:
-        """As Engine.prepare."""
+    def place(self, model, blocks, cpu_offload: bool, reshard: bool, replicate: int) -> None:
+        """Shard the model. Raises ValueError if the ranks do not divide into the groups."""
         if self.ranks.world % replicate:
             raise ValueError(
                 f"--replicate {replicate}: does not divide the {self.ranks.world} processes; "
                 "give a divisor of their number"
             )
-        self.wrap_blocks(model, blocks, activation_checkpointing, compile_blocks)
         if cpu_offload and self.ranks.device.type == "cuda":
             # the optimizer computes on the CPU, and torchrun gives each rank one thread
             torch.set_num_threads(max(torch.get_num_threads(), cores_per_rank()))
         self._shard(model, blocks, cpu_offload, reshard, replicate)
-        self.finish(model, make_optimizer, activation_checkpointing)
 
     def _shard(self, model, blocks, cpu_offload: bool, reshard: bool, replicate: int) -> None:
         """Shard the weights block by block, so that no device ever has the whole model."""
