@@ -415,16 +415,15 @@ def evaluate(job: Job, engine: Engine, stop=lambda: False) -> dict | None:
     """
     ranks, world = engine.ranks, engine.ranks.world
     was_training = job.model.training
-    sums = {"loss": []}  # name -> sum of each batch, in order; 0 if another rank computed it
-    counts = {}
+    found = {}  # number of a batch that this rank computed -> {name: (sum, count)}
     n_targets = n_bytes = 0
-    stopped, i, computed = False, 0, -1
+    stopped, i = False, -1
 
-    def compute(batch) -> dict:
+    def compute(batch, n: int) -> dict:
         batch = {name: tensor.to(ranks.device) for name, tensor in batch.items()}
         with engine.autocast():
-            found = {"loss": (job.loss_fn(job.model, batch).item(), 0)}
-            return found | (job.metrics(job.model, batch) if job.metrics else {})
+            loss = {"loss": (job.loss_fn(job.model, batch).item(), n)}
+            return loss | (job.metrics(job.model, batch) if job.metrics else {})
 
     job.model.eval()
     for i, batch in enumerate(job.val_batches()):
@@ -433,21 +432,17 @@ def evaluate(job: Job, engine: Engine, stop=lambda: False) -> dict | None:
         if job.token_bytes is not None:
             n_bytes += int(job.token_bytes[targets.numpy()].sum())
         if i % world == ranks.rank:
-            computed = i
-            for name, (total, count) in compute(batch).items():
-                sums.setdefault(name, []).extend([0.0] * (i - len(sums.get(name, []))))
-                sums[name].append(float(total))
-                counts[name] = counts.get(name, 0) + float(count)
+            found[i] = compute(batch, len(targets))
         if i % world == world - 1 and ranks.any(stop()):  # ranks exchange
             stopped = True
             break
-    if engine.lockstep and computed // world < i // world:  # fewer last batches than ranks
-        compute(batch)
+    if engine.lockstep and max(found, default=-1) // world < i // world:  # fewer than the ranks
+        compute(batch, len(targets))
     job.model.train(was_training)
     if stopped:
         return None
-    totals, counts = _totals(sums, counts, i + 1, ranks)
-    loss = totals.pop("loss") / max(n_targets, 1)
+    means = _means(found, i + 1, ranks)
+    loss = means.pop("loss", 0.0)
     result = {
         "val_loss": loss,
         "val_perplexity": math.exp(min(loss, 700.0)),
@@ -455,19 +450,23 @@ def evaluate(job: Job, engine: Engine, stop=lambda: False) -> dict | None:
     }
     if n_bytes:
         result["val_bits_per_byte"] = loss * n_targets / math.log(2) / n_bytes
-    return result | {name: total / max(counts[name], 1) for name, total in totals.items()}
+    return result | means
 
 
-def _totals(sums: dict, counts: dict, n_batches: int, ranks: Ranks) -> tuple[dict, dict]:
-    """Sums and counts over all ranks, added in the order of the batches. Ranks exchange."""
-    names = ranks.share(sorted(sums))  # rank 0 has computed the first batch
-    totals, all_counts = {}, {}
+def _means(found: dict, n_batches: int, ranks: Ranks) -> dict:
+    """
+    {name: sum / count} over all batches and ranks, added in the order of the batches.
+
+    found: see `evaluate`. Ranks exchange.
+    """
+    names = ranks.share(sorted(found.get(0, {})))  # rank 0 has computed the first batch
+    means = {}
     for name in names:
-        mine = sums.get(name, [])
-        mine = mine + [0.0] * (n_batches - len(mine))
-        totals[name] = sum(ranks.all_sum(mine))
-        all_counts[name] = ranks.all_sum([counts.get(name, 0.0)])[0]
-    return totals, all_counts
+        pairs = [found.get(i, {}).get(name, (0.0, 0.0)) for i in range(n_batches)]
+        sums = ranks.all_sum([float(total) for total, _ in pairs])
+        counts = ranks.all_sum([float(count) for _, count in pairs])
+        means[name] = sum(sums) / max(sum(counts), 1)
+    return means
 
 
 # ----------------------------------------------------------------------------------------- the loop
