@@ -298,6 +298,16 @@ def test_long_values_that_differ_in_their_middle_are_told_and_escapes_are_spelle
     ]
 
 
+def test_a_model_of_another_family_has_no_count_of_parameters_that_looks_right(home, tmp_path):
+    folder = copied(home, tmp_path, "adamw", "other")
+    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    facts["model_config"] |= {"n_kv_head": 1}
+    (folder / "run.json").write_text(json.dumps(facts), encoding="utf-8")
+    text, _, _ = compare([home / "runs/adamw", folder])
+    row = next(line.split() for line in text.splitlines() if line.startswith("parameters"))
+    assert row[1].replace(",", "").isdecimal() and row[2] == "-"
+
+
 def test_what_cannot_be_compared_is_one_line_and_nothing_is_written(home, tmp_path):
     a = "runs/adamw"
     for folders, message in {

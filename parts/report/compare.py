@@ -122,6 +122,7 @@ class Run:
         self.tokens_per_s = float(np.median(np.frombuffer(rates))) if rates else None
 
 
+GPT_SETTINGS = {"vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "tied"}
 READ = (
     "step",
     "tokens",
@@ -244,6 +245,8 @@ def _facts(folder: Path) -> dict:
 
 def _n_parameters(model: dict) -> int | None:
     """Parameters of a GPT of this configuration; None if it is not one."""
+    if model.keys() - GPT_SETTINGS:
+        return None  # of another family, whose settings only look alike
     try:
         return count_parameters(SimpleNamespace(**{"tied": True, **model}))
     except (AttributeError, TypeError):
