@@ -101,7 +101,7 @@ class RowBatches:
     def load_state_dict(self, state: dict) -> None:
         """Continue after that many rows. Raises ValueError if the rows had another length."""
         state = _current_names(state)
-        length = state.get("tokens_per_row", self.tokens_per_row)
+        length = state.get("tokens_per_row") or self.tokens_per_row
         if length != self.tokens_per_row:
             raise ValueError(
                 f"the checkpoint counts rows of {length} tokens, this run has rows of "

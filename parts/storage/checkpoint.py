@@ -210,18 +210,18 @@ def verify_checkpoint(folder) -> None:
             raise ValueError(f"{manifest}: does not list {OPTIMIZER_FILE}; {DAMAGED}")
 
 
-def newest_checkpoint(path) -> Path:
+def newest_checkpoint(path, name: str | None = None) -> Path:
     """
     The checkpoint folder meant by `path`: itself, or the newest undamaged one of a run folder.
 
-    Prints a warning for each damaged one. Raises FileNotFoundError if there is none, ValueError if
-    all are damaged.
+    name: as for list_checkpoints. Prints a warning for each damaged one. Raises FileNotFoundError
+    if there is none, ValueError if all are damaged.
     """
     path = Path(path)
     if os.path.lexists(path / "MANIFEST.json"):
         verify_checkpoint(path)
         return path
-    candidates = list_checkpoints(path)
+    candidates = list_checkpoints(path, name)
     if not candidates:
         raise FileNotFoundError(
             f"{path}: no checkpoint here; give a run folder such as runs/simple, or train one first"

@@ -31,7 +31,7 @@ class Outputs:
     """
 
     def __init__(self, job, config, ranks: Ranks, step: int, resumed: bool):
-        self.job, self.config, self.ranks = job, config, ranks
+        self.job, self.ranks = job, ranks
         self.run_dir = Path(config.output_dir)
         self.master = ranks.rank == 0
         self.journal = self.wandb_id = None

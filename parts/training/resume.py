@@ -111,7 +111,7 @@ def find_checkpoint(config, run_dir: Path, name: str) -> Path | None:
     """The checkpoint folder to resume, None to begin. Raises FileNotFoundError or ValueError."""
     own = None
     if checkpoint.list_checkpoints(run_dir, name):
-        own = checkpoint.newest_checkpoint(run_dir)
+        own = checkpoint.newest_checkpoint(run_dir, name)
     if config.resume in ("auto", "never"):
         return own
     path = Path(config.resume)
@@ -189,7 +189,9 @@ def check_names(file, found: set, wanted: set, owner: str) -> None:
     for names, what in ((wanted - found, "lacks"), (found - wanted, "has")):
         if names:
             shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-            but = "which this run needs" if what == "lacks" else f"which this run's {owner} has not"
+            but = "which this run needs"
+            if what == "has":
+                but = f"which this run's {owner} does not have"
             raise ValueError(
                 f"{file}: {what} {shown}, {but}; the checkpoint is damaged or of another run, "
                 "use another one"
@@ -213,9 +215,8 @@ def restore(state: dict, tensors: dict | None, job, config, engine, guard: Guard
     weights = job.weights(job.model)
     with_optimizer = keeps_optimizer(state, config)
     with engine.ranks.agree():
+        # an older version did not save the length of the rows: that of the GPT's context
         cursor = {"tokens_per_row": state["config"].get("context_length"), **state["data_cursor"]}
-        if cursor["tokens_per_row"] is None:
-            del cursor["tokens_per_row"]
         try:
             job.train_batches.load_state_dict(cursor)
         except ValueError as e:
