@@ -247,6 +247,11 @@ def texts(tmp_path_factory) -> Path:
     return folder
 
 
+# torchrun on one machine; the number of processes and the script follow
+TORCHRUN = (
+    *(sys.executable, "-m", "torch.distributed.run"),
+    *("--standalone", "--nproc_per_node"),
+)
 TINY = (
     "--model_size",
     "nano",

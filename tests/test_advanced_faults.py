@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, one_error_line, run
+from conftest import ROOT, TINY, one_error_line, run
 from training_cases import (
     command_line,
     environment,
@@ -121,21 +121,12 @@ def test_a_checkpoint_of_the_simple_script_is_refused(home, texts):
         "runs/of_simple",
         "--max_steps",
         "2",
-        "--model_size",
-        "nano",
-        "--tokenizer",
-        "bytes",
     )
     assert (
         run(
             "pretraining_simple.py",
             *words,
-            "--context_length",
-            "16",
-            "--batch_size",
-            "4",
-            "--device",
-            "cpu",
+            *TINY,
             cwd=home,
         ).returncode
         == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ranks
-from small_job import bits, config_of, loss_fn, records, small_job
+from small_job import SpoiledGradient, bits, config_of, loss_fn, records, small_job
 
 from parts.training.engine import ENGINES, Engine, choose_engine
 from pretraining_advanced import run
@@ -48,16 +48,6 @@ class OwnsItsStep(Engine):
         self.optimizer.step(grad_scale=max(1.0, (norm + 1e-6) / max_norm))
         self.optimizer.zero_grad()
         return norm, True
-
-
-class SpoiledGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * math.nan
 
 
 def train(name, spoil=lambda step, loss: loss, engine=OwnsItsStep, **settings) -> int:

@@ -5,12 +5,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import one_error_line
+from conftest import TORCHRUN, one_error_line
 from training_cases import (
     environment,
     home,  # noqa: F401  a fixture
@@ -87,16 +86,7 @@ os._exit(0)  # as run_script does
 
 def test_only_rank_0_gives_the_whole_model_memory_and_the_others_get_their_slices(tmp_path):
     (tmp_path / "building.py").write_text(BUILDING, encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        tmp_path / "building.py",
-    ]
-    subprocess.run(command, check=True, timeout=120)
+    subprocess.run([*TORCHRUN, "2", tmp_path / "building.py"], check=True, timeout=120)
 
 
 def test_offload_trains_the_same_and_goes_with_slices_only(home, whole):  # noqa: F811

@@ -7,12 +7,12 @@ import math
 import os
 import signal
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, ranks
+from conftest import ROOT, TORCHRUN, ranks
+from small_job import SpoiledGradient
 
 import pretraining_advanced
 from parts.data.batches import TrainBatches
@@ -113,18 +113,12 @@ def test_one_bad_step_is_applied_nowhere_and_the_run_goes_on(home, monkeypatch, 
 
 
 def test_a_gradient_that_is_not_finite_is_applied_nowhere(home, monkeypatch):
-    class Spoiled(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad * math.nan
-
     assert (
         train(
-            home, monkeypatch, "gradient", lambda w, loss: Spoiled.apply(loss) if 41 in w else loss
+            home,
+            monkeypatch,
+            "gradient",
+            lambda w, loss: SpoiledGradient.apply(loss) if 41 in w else loss,
         )
         == 0
     )
@@ -280,16 +274,8 @@ sys.exit(advanced.run(config))
 def test_too_little_memory_on_one_of_two_ranks(home, parallel):
     (home / "small.py").write_text(SMALL_RANK_1, encoding="utf-8")
     if parallel == "fsdp":  # torchrun ends the rank that waits for the other
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-            home / "small.py",
-        ]
-        line, env = [*command, "2", "fsdp-2", "fsdp"], {**os.environ, "PYTHONPATH": str(ROOT)}
+        line = [*TORCHRUN, "2", home / "small.py", "2", "fsdp-2", "fsdp"]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(line, cwd=home, env=env, capture_output=True, text=True, timeout=120)
         assert (
             done.returncode == 1
