@@ -1,4 +1,4 @@
-"""Small corpora in every layout, and what a build made of them; used by the tests of text and shards."""
+"""Small corpora, and the documents in what a build made of them; used by several tests."""
 
 import json
 
@@ -50,7 +50,7 @@ def hub_folder(folder):
 
 
 def prepare(source, tmp_path, **settings):
-    """The folder of token shards of a source, in bytes, a tenth for validation unless told otherwise."""
+    """Build the token shards of a source, of bytes and with a tenth for validation by default."""
     defaults = {"tokenizer": "bytes", "cache_dir": str(tmp_path / "cache"), "val_share": 0.1}
     return prepare_tokens(TokenizeConfig(dataset_name=str(source), **{**defaults, **settings}))
 

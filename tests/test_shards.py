@@ -1,4 +1,4 @@
-"""Token shards on disk: llm.c's layout, whole documents, ready-made folders, and damage that is named."""
+"""Token shards on disk: llm.c's layout, whole documents, ready-made folders, named damage."""
 
 import struct
 
@@ -18,7 +18,7 @@ def source(tmp_path):
     return hub_folder(tmp_path / "data")
 
 
-def test_every_document_is_there_once_with_one_end_of_text_behind_it(source, tmp_path):
+def test_every_document_is_written_once_with_one_end_of_text_after_it(source, tmp_path):
     folder = prepare(source, tmp_path, dataset_subset="one")
     train, val = texts_in(folder, "train"), texts_in(folder, "val")
     assert sorted(train + val) == sorted(documents(200)) and not set(train) & set(val)
@@ -28,7 +28,7 @@ def test_every_document_is_there_once_with_one_end_of_text_behind_it(source, tmp
     assert sum(s["bytes"] for s in index["shards"]) == sum(len(t.encode()) for t in documents(200))
 
 
-def test_the_file_is_llm_c_s_layout(source, tmp_path):
+def test_a_shard_has_the_layout_of_llm_c(source, tmp_path):
     path = prepare(source, tmp_path, dataset_subset="one") / "train_000000.bin"
     data = path.read_bytes()
     magic, version, n_tokens = struct.unpack("<3i", data[:12])
@@ -40,9 +40,8 @@ def test_a_vocabulary_over_65536_is_written_in_32_bits(tmp_path):
         vocab_size, eot, name, fingerprint = 70_000, 69_999, "wide", "f"
 
         def encode_documents(self, documents):
-            return np.array(
-                [id for text in documents for id in (69_000 + len(text), self.eot)], dtype=np.uint32
-            )
+            ids = [id for text in documents for id in (69_000 + len(text), self.eot)]
+            return np.array(ids, dtype=np.uint32)
 
         def to_json(self):
             return b"{}"
@@ -50,16 +49,17 @@ def test_a_vocabulary_over_65536_is_written_in_32_bits(tmp_path):
     def chunks(_):
         yield [{"text": "abc"}], 1
 
-    folder = shards.build(
-        tmp_path / "x", Wide(), chunks, lambda rows: corpus.tokenise(rows, Wide(), 0.0), {}, 1
-    )
+    def tokenise(rows):
+        return corpus.tokenise(rows, Wide(), 0.0)
+
+    folder = shards.build(tmp_path / "x", Wide(), chunks, tokenise, {}, 1)
     path = folder / "train_000000.bin"
     assert struct.unpack("<3i", path.read_bytes()[:12]) == (20240801, 7, 2)
     assert Shards(folder, "train", read_index(folder)).read(0, 0, 2).tolist() == [69_003, 69_999]
 
 
 def test_published_shards_load_as_they_are(tmp_path):
-    """llm.c writes end-of-text before each document, and no index; `val` in the name is the validation part."""
+    """llm.c writes end-of-text before each document and no index; `val` names a validation file."""
     rng = np.random.default_rng(0)
     for name in ("fineweb_train_000001.bin", "fineweb_val_000000.bin"):
         header = np.zeros(256, dtype=np.int32)
@@ -84,14 +84,15 @@ def test_damage_is_named_by_verify_and_by_the_first_read(source, tmp_path, how):
     data = bytearray(path.read_bytes())
     if how == "flip":
         data[len(data) // 2] ^= 1
+    elif how == "truncate":
+        del data[-7:]
+    elif how == "append":
+        data += b"x" * 8
     elif how == "header":
         data[0] ^= 1
-    path.write_bytes(
-        data[:-7] if how == "truncate" else data + b"x" * 8 if how == "append" else data
-    )
-    assert "train_000000.bin" in one_error_line(
-        run("prep_dataset.py", "verify", "--path", folder, cwd=tmp_path), 2
-    )
+    path.write_bytes(data)
+    result = run("prep_dataset.py", "verify", "--path", folder, cwd=tmp_path)
+    assert "train_000000.bin" in one_error_line(result, 2)
     with pytest.raises((ValueError, OSError), match="train_000000.bin"):
         train = Shards(folder, "train", read_index(folder))
         train.read(0, 0, len(train.tokens[0]))
@@ -104,17 +105,18 @@ def test_damage_is_named_by_verify_and_by_the_first_read(source, tmp_path, how):
 )
 def test_a_setting_that_ready_made_shards_cannot_follow_is_refused(source, tmp_path, setting):
     made = prepare(source, tmp_path, dataset_subset="one")
-    assert prepare_tokens(TokenizeConfig(dataset_name=str(made))) == made == prepare(made, tmp_path)
-    with pytest.raises(ValueError, match=f"--{next(iter(setting))}: .* is ready-made with"):
+    assert prepare_tokens(TokenizeConfig(dataset_name=str(made))) == made
+    assert prepare(made, tmp_path) == made
+    (flag,) = setting
+    with pytest.raises(ValueError, match=f"--{flag}: .* was built with"):
         prepare_tokens(TokenizeConfig(dataset_name=str(made), **setting))
 
 
-def test_verify_claims_no_hashes_where_there_are_none(tmp_path):
+def test_verify_claims_no_hashes_if_there_are_none(tmp_path):
     (tmp_path / "pub").mkdir()
     for name in ("x_train_000.bin", "x_val_000.bin"):
-        (tmp_path / "pub" / name).write_bytes(
-            shards._header(4, np.uint16) + np.arange(4, dtype=np.uint16).tobytes()
-        )
+        tokens = np.arange(4, dtype=np.uint16)
+        (tmp_path / "pub" / name).write_bytes(shards._header(4, np.uint16) + tokens.tobytes())
     out = run("prep_dataset.py", "verify", "--path", "pub", cwd=tmp_path).stdout
     assert "no hashes to compare" in out and "sha256" not in out
 

@@ -1,9 +1,9 @@
 """
-Documents from wherever they are: the Hugging Face hub, a folder in the hub's layout, parquet, jsonl(.gz), or text files.
+Documents from anywhere: the Hugging Face hub, a folder in its layout, parquet, jsonl(.gz), text.
 
-All of it goes through the `datasets` library, streamed: memory does not grow with the corpus, a limit reads no more than
-it needs, several subsets are mixed by weight, several machines split the work, and a build that was killed goes on where
-it was. Nothing touches the network unless the name is no folder here.
+All of them are streamed through the `datasets` library: memory does not grow with the corpus, a
+limit reads no more than it needs, subsets are mixed by weight, several machines split the work,
+and a build that was killed resumes. The network is used only if the name is not a local path.
 """
 
 from __future__ import annotations
@@ -24,144 +24,123 @@ import numpy as np
 
 from parts.base.text import EOT, passage_pattern
 
-KINDS = {
-    ".parquet": "parquet",
-    ".jsonl": "json",
-    ".json": "json",
-    ".jsonl.gz": "json",
-    ".json.gz": "json",
-    ".txt": "text",
-}
+# end of a file's name -> its kind; if a folder has several kinds, the first in this order is read
+KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+KINDS |= {".jsonl.gz": "json", ".json.gz": "json", ".txt": "text"}
 EOT_LINE = EOT + "\n"
-CHUNK_DOCUMENTS, CHUNK_CHARS = 64, 1 << 20  # what one thread tokenises at once
-PIECE_CHARS = 1 << 20  # a text file without separators is read in pieces of this size
+CHUNK_DOCUMENTS = 64  # most documents that one thread tokenises at once
+CHUNK_CHARS = 1 << 20  # characters after which it gets no further document
+PIECE_CHARS = 1 << 20  # a long document of a text file is read in pieces of this size
 HUB_TIMEOUT_S = 10
-GONE = (
-    FileNotFoundError,
-    PermissionError,
-    IsADirectoryError,
-    NotADirectoryError,
-)  # what waiting does not mend
-# Books are cut here, so that validation gets passages of them and not whole ones: 4,000 characters, on to a blank line.
+# errors of the file system that will be there again at the next try
+LASTING_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+# Books are cut into passages of 4,000 characters and more, so that validation gets passages of all
+# books and not whole ones.
 PASSAGE = passage_pattern(4000)
+WEIGHTS_EXAMPLE = "cosmopedia-v2:0.7,fineweb-edu-dedup:0.3"
 
 
 def parse_subsets(subset: str | None) -> list[tuple[str | None, float]]:
-    """[(name, weight)] of "cosmopedia-v2" or "cosmopedia-v2:0.7,fineweb-edu-dedup:0.3"; weights add up to 1. Raises ValueError."""
+    """[(name, weight)] of "a" or "a:0.7,b:0.3"; the weights add up to 1. Raises ValueError."""
     if subset is None:
         return [(None, 1.0)]
+    flag = f"--dataset_subset: {subset!r}"
     parts = [part.strip().partition(":") for part in subset.split(",")]
     try:
         weights = [float(weight) if colon else 1.0 for _, colon, weight in parts]
     except ValueError as e:
-        raise ValueError(
-            f"--dataset_subset: {subset!r}: a weight is not a number; write cosmopedia-v2:0.7,fineweb-edu-dedup:0.3"
-        ) from e
-    if (
-        not all(0 < w < float("inf") for w in weights)
-        or sum(weights) == float("inf")
-        or not all(name for name, _, _ in parts)
-    ):
-        raise ValueError(
-            f"--dataset_subset: {subset!r}: each part needs a name and a weight above 0, such as 0.7"
-        )
+        raise ValueError(f"{flag}: a weight is not a number; write {WEIGHTS_EXAMPLE}") from e
+    finite = all(w > 0 for w in weights) and sum(weights) < float("inf")
+    if not finite or not all(name for name, _, _ in parts):
+        raise ValueError(f"{flag}: each part needs a name and a weight above 0, such as 0.7")
     return [(name, w / sum(weights)) for (name, _, _), w in zip(parts, weights, strict=True)]
+
+
+# ------------------------------------------------------------------------------------ local files
 
 
 def local_files(name: str, subset: str | None) -> list[Path] | None:
     """
-    The data files meant by a path (and a subset, which is a folder in it), in order; None where there is no such path.
+    The data files of a path, in order; None if there is no such path.
 
-    Where the folder holds `train-*` files, other splits are left out. Raises ValueError where there are none.
+    A subset is a folder in it. If there are `train-*` files, other splits are left out.
+    Raises ValueError if there is no data.
     """
     root = Path(name)
     if not os.path.lexists(root):
         return None
     if subset is not None:
-        folders = (
-            [root / subset]
-            if (root / subset).is_dir()
-            else sorted(p for p in root.glob(f"*/*/{subset}") if p.is_dir())
-        )
-        if not folders:
-            there = (
-                ", ".join(
-                    sorted(
-                        p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")
-                    )
-                )
-                if root.is_dir()
-                else "none"
-            )
-            raise ValueError(
-                f"--dataset_subset: {root} has no folder {subset!r}; the folders in it are: {there}"
-            )
-        root = folders[0]
+        root = _subset_folder(root, subset)
     try:
-        found = sorted(root.rglob("*")) if root.is_dir() else [root]
-        files = [
-            p
-            for p in found
-            if p.is_file()
-            and _kind(p)
-            and not _hidden(p.relative_to(root))
-            and p.name != "report.json"
-        ]
-        written = {
-            folder
-            for p in files
-            for folder in p.parents
-            if folder.is_relative_to(root) and _is_ours(folder)
-        }
-        files = [p for p in files if not written & set(p.parents)]
+        files = _readable_files(root)
     except OSError as e:
         raise ValueError(f"--dataset_name: {root}: {e.strerror}") from e
-    kinds = [kind for kind in KINDS.values() if any(_kind(p) == kind for p in files)]
-    if not kinds:
-        raise ValueError(
-            f"--dataset_name: {root} has no {', '.join(KINDS)} file; give a folder or file of text, or a name on the hub"
-        )
-    files = [p for p in files if _kind(p) == kinds[0]]
-    if kinds[0] == "text":  # the combined books of prep_dataset.py lie beside their raw files
-        files = [
-            p
-            for p in files
-            if re.fullmatch(r"combined_\d+\.txt", p.name) and (p.parent / "report.json").exists()
-        ] or files
+    kind = next((kind for kind in KINDS.values() if any(_kind(p) == kind for p in files)), None)
+    if kind is None:
+        what = f"{root} has no {', '.join(KINDS)} file"
+        fix = "give a folder or file of text, or a name on the hub"
+        raise ValueError(f"--dataset_name: {what}; {fix}")
+    files = [p for p in files if _kind(p) == kind]
+    if kind == "text":  # prep_dataset.py gutenberg keeps the raw files beside the combined ones
+        files = [p for p in files if _is_combined(p)] or files
     return [p for p in files if re.match(r"train\b", p.name)] or files
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _subset_folder(root: Path, subset: str) -> Path:
+    """root/subset, or the first such folder two levels down (data/VERSION/subset)."""
+    if (root / subset).is_dir():
+        return root / subset
+    if deeper := sorted(p for p in root.glob(f"*/*/{subset}") if p.is_dir()):
+        return deeper[0]
+    folders = []
+    if root.is_dir():
+        folders = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != ".")
+    what = f"{root} has no folder {subset!r}"
+    raise ValueError(f"--dataset_subset: {what}; it has: {', '.join(folders) or 'no folders'}")
 
 
-def _is_ours(folder: Path) -> bool:
-    """Whether a training run or a build of token shards wrote this folder: no text of anybody's."""
-    return (folder / "run.json").exists() or (
-        (folder / "index.json").exists() and (folder / "tokenizer.json").exists()
-    )
+def _readable_files(root: Path) -> list[Path]:
+    """Files of a known kind in and below root: not hidden, and not written by a run or a build."""
+    found = sorted(root.rglob("*")) if root.is_dir() else [root]
+    files = [p for p in found if p.is_file() and _kind(p) and p.name != "report.json"]
+    files = [p for p in files if not any(n.startswith(".") for n in p.relative_to(root).parts)]
+    folders = {folder for p in files for folder in p.parents if folder.is_relative_to(root)}
+    ours = {folder for folder in folders if _is_our_output(folder)}
+    return [p for p in files if not ours & set(p.parents)]
+
+
+def _is_combined(path: Path) -> bool:
+    """Whether prep_dataset.py gutenberg wrote this file of cleaned books."""
+    is_numbered = re.fullmatch(r"combined_\d+\.txt", path.name) is not None
+    return is_numbered and (path.parent / "report.json").exists()
+
+
+def _is_our_output(folder: Path) -> bool:
+    """Whether a training run or a build of token shards wrote this folder."""
+    if (folder / "run.json").exists():
+        return True
+    return (folder / "index.json").exists() and (folder / "tokenizer.json").exists()
 
 
 def _kind(path: Path) -> str | None:
     return KINDS.get(path.suffix.lower()) or KINDS.get("".join(path.suffixes[-2:]).lower())
 
 
-def facts_of(
-    name: str, subset: str | None, text_field: str | None, max_documents: int | None
-) -> dict:
+def facts_of(name, subset: str | None, text_field: str | None, max_documents: int | None) -> dict:
     """
-    Everything about the source that determines the documents, as JSON values; costs no network and reads no data.
+    Everything about a source that determines its documents, as JSON values.
 
-    Local files are told apart by name, size and time of change. Raises ValueError for a path that holds no data.
+    Reads no data and uses no network; local files are identified by name, size and time of change.
+    Raises ValueError for a path that has no data.
     """
     files = []
     for part, _ in parse_subsets(subset):
-        found = local_files(name, part)
-        try:
-            stats = [(str(p), p.stat()) for p in found or []]
-        except OSError as e:
-            raise ValueError(f"{e.filename}: {e.strerror}") from e
-        files += [[Path(p).name, s.st_size, s.st_mtime_ns] for p, s in stats]
+        for path in local_files(name, part) or []:
+            try:
+                stat = path.stat()
+            except OSError as e:
+                raise ValueError(f"{e.filename}: {e.strerror}") from e
+            files.append([path.name, stat.st_size, stat.st_mtime_ns])
     return {
         "dataset_name": name,
         "dataset_subset": subset,
@@ -171,11 +150,15 @@ def facts_of(
     }
 
 
+# ------------------------------------------------------------------------------------ the stream
+
+
 class Corpus:
     """
-    The documents of one source, as `chunks(state)` for shards.build; see `facts_of` for the first four arguments.
+    The documents of one source, as `chunks(state)` for shards.build.
 
-    streaming False downloads a hub dataset as a whole first. shard_index of num_shards: this machine's part of the work.
+    The first four arguments are those of `facts_of`. If streaming is False, a dataset on the hub is
+    downloaded first. shard_index of num_shards is the part of the work for this machine.
     """
 
     def __init__(
@@ -187,311 +170,320 @@ class Corpus:
         streaming=True,
         num_shards=1,
         shard_index=0,
-        seed=0,
     ):
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-        import datasets  # here: it costs half a second, and only a build needs it
+        import datasets  # takes half a second, and only a build needs it
         from datasets.distributed import split_dataset_by_node
 
-        datasets.config.TORCH_AVAILABLE = (
-            "torch" in sys.modules
-        )  # else its first row imports torch, to ask whether it is in a DataLoader
-        self.name, self.subset, self.text_field = name, subset, text_field
+        # if True, the first row imports torch only to ask whether it is in a DataLoader
+        datasets.config.TORCH_AVAILABLE = "torch" in sys.modules
+        self.name = name
+        self.text_field = text_field
+        self.limited = max_documents is not None
         parts = parse_subsets(subset)
-        self.limited, self.counted = max_documents is not None, False
-        # rows of text files are pieces of documents, so their reader does itself what counts documents
-        self.reader = (
-            {"whole": True}
-            if len(parts) > 1
-            else {"limit": max_documents, "num_shards": num_shards, "shard_index": shard_index}
-        )
-        streams = [self._open(part, streaming) for part, _ in parts]
-        stream = streams[0]
-        if self.counted:
-            self.stream = stream
+        files = [local_files(name, part) for part, _ in parts]
+        if len(parts) == 1 and _is_text(files[0]):
+            # a row is a piece of a document, so the reader itself counts documents
+            work = {"num_shards": num_shards, "shard_index": shard_index}
+            self.stream = _text_stream(name, files[0], limit=max_documents, **work)
             return
+        streams = []
+        for (part, _), part_files in zip(parts, files, strict=True):
+            streams.append(self._open(part, part_files, streaming))
+        stream = streams[0]
         if len(streams) > 1:
-            # ends with the first subset that is used up: to go on would change the weights or repeat documents
-            stream = datasets.interleave_datasets(
-                streams, probabilities=[w for _, w in parts], seed=seed
-            )
-        if max_documents is not None:
+            # Ends with the first subset that is used up: to continue would change the weights or
+            # repeat documents.
+            weights = [weight for _, weight in parts]
+            stream = datasets.interleave_datasets(streams, probabilities=weights, seed=0)
+        if self.limited:
             stream = stream.take(max_documents)
         if num_shards > 1:
-            # by files where that gives the same documents; a limit counts documents, so there every n-th one is taken
-            strategy = "examples" if max_documents is not None or len(streams) > 1 else "auto"
+            # "auto" splits by files; with a limit or a mixture that would give other documents
+            strategy = "examples" if self.limited or len(streams) > 1 else "auto"
             stream = split_dataset_by_node(stream, shard_index, num_shards, strategy=strategy)
         self.stream = stream
 
-    def _open(self, subset: str | None, streaming: bool):
-        """One subset as a stream of {"text"}, or {"text", "starts", "ends"} for text files."""
-        import datasets
-
-        files = local_files(self.name, subset)
+    def _open(self, subset: str | None, files: list[Path] | None, streaming: bool):
+        """One subset as a stream of {"text"}; of text files {"text", "starts", "ends"}."""
+        if _is_text(files):
+            return _text_stream(self.name, files, whole=True)
         if files is None:
             stream = self._open_hub(subset, streaming)
-        elif _kind(files[0]) == "text":
-            if next(_read_text(files), None) is None:
-                raise ValueError(
-                    f"{self.name}: holds no documents; its {len(files)} text files are empty"
-                )
-            names, self.counted = [str(p) for p in files], "whole" not in self.reader
-            # the library calls the reader anew for each file of a list; over a tuple it counts on
-            files = (
-                tuple(names)
-                if self.reader.get("limit") or self.reader.get("num_shards", 1) > 1
-                else names
-            )
-            return datasets.IterableDataset.from_generator(
-                _read_text, gen_kwargs={"files": files, **self.reader}
-            )
         else:
-            files = [p for p in files if p.stat().st_size]  # the library stumbles over empty ones
-            if not files:
-                raise ValueError(f"{self.name}: holds no documents; its files are empty")
-            with _as_one_line(str(files[0].parent)):
-                stream = datasets.load_dataset(
-                    _kind(files[0]),
-                    data_files=[str(p) for p in files],
-                    split="train",
-                    streaming=True,
-                )
-                stream = (
-                    stream.reshard()
-                )  # row group by row group: Arrow otherwise reads a whole parquet file ahead
-        where = f"{self.name}{f' ({subset})' if subset else ''}"
-        with _as_one_line(where):
+            stream = _table_stream(self.name, files)
+        source = f"{self.name} ({subset})" if subset else self.name
+        with _named_errors(source):
             first = next(iter(stream), None)
         if first is None:
-            raise ValueError(f"{where}: holds no documents")
+            raise ValueError(f"{source}: holds no documents")
         columns = stream.column_names or list(first)
         field = self.text_field or next((f for f in ("text", "content") if f in columns), None)
         if field not in columns:
             what = f"no column {field!r}" if field else "neither a column 'text' nor 'content'"
-            raise ValueError(
-                f"{where}: has {what}; its columns are {', '.join(columns)}; name the one with the text by --text_field"
-            )
+            fix = "name the one with the text by --text_field"
+            raise ValueError(f"{source}: has {what}; its columns are {', '.join(columns)}; {fix}")
         if not isinstance(first.get(field), str | None):
-            raise ValueError(
-                f"{where}: column {field!r} holds {type(first[field]).__name__}, not text; name another by --text_field"
-            )
+            what = f"column {field!r} holds {type(first[field]).__name__}, not text"
+            raise ValueError(f"{source}: {what}; name another by --text_field")
         stream = stream.select_columns([field])
         return stream if field == "text" else stream.rename_column(field, "text")
 
     def _open_hub(self, subset: str | None, streaming: bool):
+        """One subset of a dataset on the hub as a stream of rows."""
         import datasets
         import huggingface_hub
 
-        way_out = f"put its files into ./{self.name}/{subset or ''} (parquet or jsonl), or give another --dataset_name: a folder or a file"
         try:
-            # asked first, because it fails at once without a network, and fixes the version for a build that goes on later
+            # Asked first: without a network it fails at once. The revision is fixed, so that a
+            # build that resumes later reads the same data.
             revision = huggingface_hub.HfApi().dataset_info(self.name, timeout=HUB_TIMEOUT_S).sha
-            stream = datasets.load_dataset(
-                self.name, subset, split="train", streaming=streaming, revision=revision
-            )
-        except ValueError as e:  # unknown subset: the library lists those that are there
+            options = {"split": "train", "streaming": streaming, "revision": revision}
+            stream = datasets.load_dataset(self.name, subset, **options)
+        except ValueError as e:  # an unknown subset: the library lists the known ones
             raise ValueError(f"--dataset_subset: {subset!r} of {self.name}: {e}") from e
-        except Exception as e:  # noqa: BLE001  the hub's client raises errors of whatever http library it uses
+        except Exception as e:  # noqa: BLE001  the hub's client raises errors of its http library
             why = " ".join(str(e).split())[:150]
-            raise ValueError(
-                f"--dataset_name: {self.name} is no path here, and the hub gives nothing ({why}); {way_out}"
-            ) from e
+            what = f"{self.name} is not a local path, and the hub did not provide it ({why})"
+            folder = f"./{self.name}/{subset or ''}"
+            fix = f"put its files into {folder} (parquet or jsonl), or give a folder or a file"
+            raise ValueError(f"--dataset_name: {what}; {fix}") from e
         if not streaming:
             return stream.to_iterable_dataset(num_shards=64)
-        return (
-            stream if self.limited else stream.reshard()
-        )  # which asks for the end of every file: too slow for a first look
+        # reshard asks for the end of every file, which is too slow for a first look
+        return stream if self.limited else stream.reshard()
 
     def chunks(self, state):
-        """Lists of rows {"text"} or {"text", "starts", "ends"} with the state behind them, from the beginning or an earlier state."""
+        """
+        Yield (rows, state after them), from the beginning if state is None.
+
+        A row is {"text"}; of a text file it is {"text", "starts", "ends"}, a piece of a document.
+        """
         if state is not None:
             self.stream.load_state_dict(state)
         rows, n_chars = [], 0
-        with _as_one_line(self.name):
+        with _named_errors(self.name):
             for row in self.stream:
                 text = row["text"]
                 if text is not None and not isinstance(text, str):
-                    raise ValueError(
-                        f"{self.name}: a document is {type(text).__name__}, not text; name another column by --text_field"
-                    )
+                    what = f"a document is {type(text).__name__}, not text"
+                    raise ValueError(f"{self.name}: {what}; name another column by --text_field")
                 if text and (text.strip() or "ends" in row):
                     rows.append(row)
                     n_chars += len(text)
                 if len(rows) >= CHUNK_DOCUMENTS or n_chars >= CHUNK_CHARS:
-                    yield rows, json.loads(json.dumps(self.stream.state_dict()))
+                    yield rows, self._state()
                     rows, n_chars = [], 0
             if rows:
-                yield rows, json.loads(json.dumps(self.stream.state_dict()))
+                yield rows, self._state()
+
+    def _state(self):
+        """A copy of the stream's position, in JSON values."""
+        return json.loads(json.dumps(self.stream.state_dict()))
+
+
+def _is_text(files: list[Path] | None) -> bool:
+    return files is not None and _kind(files[0]) == "text"
+
+
+def _text_stream(name, files: list[Path], **options):
+    """A stream of `_read_text`; see there for the options."""
+    import datasets
+
+    if next(_read_text(files), None) is None:
+        raise ValueError(f"{name}: holds no documents; its {len(files)} text files are empty")
+    names = [str(p) for p in files]
+    if options.get("limit") or options.get("num_shards", 1) > 1:
+        # The library would call the reader once for each file of a list, which cannot count on.
+        names = tuple(names)
+    arguments = {"files": names, **options}
+    return datasets.IterableDataset.from_generator(_read_text, gen_kwargs=arguments)
+
+
+def _table_stream(name, files: list[Path]):
+    """The rows of parquet or json files."""
+    import datasets
+
+    files = [p for p in files if p.stat().st_size]  # the library fails on empty files
+    if not files:
+        raise ValueError(f"{name}: holds no documents; its files are empty")
+    names = [str(p) for p in files]
+    options = {"split": "train", "streaming": True}
+    with _named_errors(str(files[0].parent)):
+        stream = datasets.load_dataset(_kind(files[0]), data_files=names, **options)
+        return stream.reshard()  # by row group: Arrow would read a whole parquet file ahead
+
+
+@contextlib.contextmanager
+def _named_errors(source: str):
+    """
+    Raise what the datasets library raises for unreadable data as ValueError with the source.
+
+    If a connection or disk failed, raise OSError instead, after which a build can resume.
+    """
+    import datasets
+    import pyarrow
+
+    library_errors = (datasets.exceptions.DatasetsError, pyarrow.ArrowException)
+    try:
+        yield
+    except (OSError, UnicodeDecodeError, *library_errors) as e:
+        cause = " ".join(str(e.__cause__ or e).split())[:200]
+        if isinstance(e, OSError) and _may_pass(e):
+            fix = "run the same command again, it resumes from here"
+            raise OSError(f"{source}: cannot be read now ({cause}); {fix}") from e
+        raise ValueError(f"{source}: cannot be read ({cause})") from e
+
+
+def _may_pass(e: OSError) -> bool:
+    """Whether another try may succeed. (Arrow reports a damaged file as OSError without errno.)"""
+    if isinstance(e, LASTING_ERRORS):
+        return False
+    return bool(e.errno) or isinstance(e, ConnectionError | TimeoutError)
+
+
+def _read_text(files, limit=None, num_shards: int = 1, shard_index: int = 0, whole: bool = False):
+    """
+    Yield {"text", "starts", "ends"}: pieces of the documents of text files.
+
+    Lines `<|endoftext|>` separate documents; a file without them is one document. A long document
+    is cut after a blank line if there is one, unless `whole`. Of the first `limit` documents every
+    num_shards-th is taken. Raises ValueError naming a file that is not UTF-8 text.
+    """
+    n_documents = 0
+    max_chars = float("inf") if whole else PIECE_CHARS
+    for name in files:
+        try:
+            with open(name, encoding="utf-8-sig") as f:
+                for piece in _pieces(f, name, max_chars):
+                    if limit is not None and n_documents >= limit:
+                        return
+                    if n_documents % num_shards == shard_index:
+                        yield piece
+                    n_documents += piece["ends"]
+        except UnicodeDecodeError as e:
+            fix = "convert it, or let prep_dataset.py gutenberg detect its encoding"
+            raise ValueError(f"{name}: not UTF-8 text ({e.reason}); {fix}") from e
+
+
+def _pieces(f, name, max_chars: float):
+    lines, n_chars, starts = [], 0, True
+    while line := f.readline(PIECE_CHARS):
+        if "\0" in line:
+            raise ValueError(f"{name}: a binary file (it has NUL bytes); remove it")
+        if line == EOT_LINE or line + "\n" == EOT_LINE:
+            yield from _last_piece(lines, starts)
+            lines, n_chars, starts = [], 0, True
+            continue
+        if n_chars >= max_chars and (not lines[-1].strip() or n_chars >= 2 * max_chars):
+            yield {"text": "".join(lines), "starts": starts, "ends": False}
+            lines, n_chars, starts = [], 0, False
+        lines.append(line)
+        n_chars += len(line)
+    yield from _last_piece(lines, starts)
+
+
+def _last_piece(lines: list[str], starts: bool):
+    text = "".join(lines)
+    text = text.strip("\n") if starts else text.rstrip("\n")
+    if text.strip() or not starts:
+        yield {"text": text or "\n", "starts": starts, "ends": True}
+
+
+# ------------------------------------------------------------------------------------ text to ids
 
 
 def in_validation(text: str, share: float) -> bool:
-    """Whether this text is held out: by its hash, so never by its position, and in every build alike."""
+    """Whether a text is held out: decided by its hash, so it is the same in every build."""
     digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2**64
 
 
 def tokenise(rows, tokenizer, val_share: float) -> dict:
     """
-    {"train" and "val": (ids (T,) uint32, number of documents, bytes of text)} of rows of `Corpus.chunks`.
+    Token ids of rows of `Corpus.chunks`, end-of-text exactly once after each document.
 
-    A row of a table is a document and goes to one side; a book is cut into passages and each goes to its own. End-of-text
-    stands exactly once after each document.
+    Returns, for "train" and "val", (ids (T,) uint32, number of documents, bytes of text). A row of
+    a table is a document of one split; a text file is cut into passages, each of one split.
     """
-    if not any("ends" in row for row in rows):
-        texts = {"train": [], "val": []}
-        for row in rows:
-            texts["val" if in_validation(row["text"], val_share) else "train"].append(row["text"])
-        sizes = {
-            split: sum(len(text.encode(errors="replace")) for text in chosen)
-            for split, chosen in texts.items()
-        }
-        return {
-            split: (tokenizer.encode_documents(chosen), len(chosen), sizes[split])
-            for split, chosen in texts.items()
-        }
-    ids, counts, eot = (
-        {"train": [], "val": []},
-        {"train": [0, 0], "val": [0, 0]},
-        np.array([tokenizer.eot], dtype=np.uint32),
-    )
+    if any("ends" in row for row in rows):
+        return _tokenise_pieces(rows, tokenizer, val_share)
+    texts = {"train": [], "val": []}
     for row in rows:
-        passages = PASSAGE.findall(row["text"]) if "ends" in row else [row["text"]]
-        held_out = [in_validation(p, val_share) for p in passages]
-        for split in ("train", "val"):
-            chosen = "".join(
-                p for p, held in zip(passages, held_out, strict=True) if held == (split == "val")
-            )
-            if chosen:
-                ids[split].append(tokenizer.encode(chosen))
-                counts[split][1] += len(chosen.encode(errors="replace"))
-            ends, starts = row.get("ends", True), row.get("starts", True)
-            if (chosen and (ends or split == "val")) or (ends and not starts and split == "train"):
+        texts["val" if in_validation(row["text"], val_share) else "train"].append(row["text"])
+    result = {}
+    for split, chosen in texts.items():
+        n_bytes = sum(len(text.encode(errors="replace")) for text in chosen)
+        result[split] = (tokenizer.encode_documents(chosen), len(chosen), n_bytes)
+    return result
+
+
+def _tokenise_pieces(rows, tokenizer, val_share: float) -> dict:
+    """The same for pieces of documents of text files."""
+    eot = np.array([tokenizer.eot], dtype=np.uint32)
+    ids = {"train": [], "val": []}
+    n_documents = {"train": 0, "val": 0}
+    n_bytes = {"train": 0, "val": 0}
+    for row in rows:
+        starts, ends = row.get("starts", True), row.get("ends", True)
+        texts = {"train": [], "val": []}
+        for passage in PASSAGE.findall(row["text"]) if "ends" in row else [row["text"]]:
+            texts["val" if in_validation(passage, val_share) else "train"].append(passage)
+        for split, passages in texts.items():
+            if passages:
+                text = "".join(passages)
+                ids[split].append(tokenizer.encode(text))
+                n_bytes[split] += len(text.encode(errors="replace"))
+            # the last piece ends the train text of its document, even if it adds nothing to it
+            ends_here = passages if split == "val" else ends and (passages or not starts)
+            if ends_here:
                 ids[split].append(eot)
-                counts[split][0] += 1
-    return {
-        split: (np.concatenate(i) if i else eot[:0], *counts[split]) for split, i in ids.items()
-    }
+                n_documents[split] += 1
+    joined = {split: np.concatenate(parts or [eot[:0]]) for split, parts in ids.items()}
+    return {split: (joined[split], n_documents[split], n_bytes[split]) for split in joined}
 
 
-@contextlib.contextmanager
-def _as_one_line(where: str):
-    """
-    What the datasets library raises for unreadable data, as a ValueError that names the source; for a connection or a disk
-    that gave up, as an OSError, after which a build goes on.
-    """
-    import datasets
-    import pyarrow
-
-    try:
-        yield
-    except (
-        OSError,
-        UnicodeDecodeError,
-        datasets.exceptions.DatasetsError,
-        pyarrow.ArrowException,
-    ) as e:
-        cause = " ".join(str(e.__cause__ or e).split())[:200]
-        # Arrow's word for a damaged file is an OSError without a number
-        if (
-            isinstance(e, OSError)
-            and (e.errno or isinstance(e, ConnectionError | TimeoutError))
-            and not isinstance(e, GONE)
-        ):
-            raise OSError(
-                f"{where}: cannot be read now ({cause}); run the same line again, it goes on from here"
-            ) from e
-        raise ValueError(f"{where}: cannot be read ({cause})") from e
-
-
-def _read_text(files, limit=None, num_shards: int = 1, shard_index: int = 0, whole: bool = False):
-    """
-    {"text", "starts", "ends"} of text files: documents stand between lines `<|endoftext|>`, else each file is one.
-
-    A long document comes in pieces, cut behind a blank line where there is one, or `whole`. Of the first `limit` documents
-    every num_shards-th is taken. Raises ValueError naming a file that is no UTF-8 text.
-    """
-    n, longest = 0, float("inf") if whole else PIECE_CHARS
-    for name in files:
-        try:
-            with open(name, encoding="utf-8-sig") as f:
-                for piece in _pieces(f, name, longest):
-                    if limit is not None and n >= limit:
-                        return
-                    if n % num_shards == shard_index:
-                        yield piece
-                    n += piece["ends"]
-        except UnicodeDecodeError as e:
-            raise ValueError(
-                f"{name}: not UTF-8 text ({e.reason}); convert it, or let prep_dataset.py gutenberg find its encoding"
-            ) from e
-
-
-def _pieces(f, name, longest: float):
-    kept, n_chars, starts = [], 0, True
-    while line := f.readline(PIECE_CHARS):
-        if "\0" in line:
-            raise ValueError(f"{name}: a binary file (it has NUL bytes); take it out")
-        if line == EOT_LINE or line + "\n" == EOT_LINE:
-            yield from _last_piece(kept, starts)
-            kept, n_chars, starts = [], 0, True
-            continue
-        if n_chars >= longest and (not kept[-1].strip() or n_chars >= 2 * longest):
-            yield {"text": "".join(kept), "starts": starts, "ends": False}
-            kept, n_chars, starts = [], 0, False
-        kept.append(line)
-        n_chars += len(line)
-    yield from _last_piece(kept, starts)
-
-
-def _last_piece(kept: list[str], starts: bool):
-    text = "".join(kept)
-    text = text.strip("\n") if starts else text.rstrip("\n")
-    if text.strip() or not starts:
-        yield {"text": text or "\n", "starts": starts, "ends": True}
+# ------------------------------------------------------------------------------------ without data
 
 
 def python_docs() -> list[str]:
     """
-    About 1 MB of English that every Python carries: the prose of pydoc's topics and of the standard library's docstrings.
+    About 1 MB of English that comes with Python: pydoc's topics and the library's docstrings.
 
-    Paragraphs that are code, tables or repeated are left out. The same Python gives the same documents.
+    Paragraphs of code, tables and repetitions are left out. The same Python gives the same texts.
     """
     topics = importlib.import_module("pydoc_data.topics").topics
     texts = [topics[name] for name in sorted(topics)]
     library = Path(sysconfig.get_paths()["stdlib"])
+    not_library = {"site-packages", "test", "tests", "idle_test", "lib2to3"}
     for file in sorted(library.rglob("*.py")):
-        if {"site-packages", "test", "tests", "idle_test", "lib2to3"} & set(
-            file.relative_to(library).parts
-        ):
-            continue
-        try:
-            nodes = [
-                n
-                for n in ast.walk(ast.parse(file.read_bytes()))
-                if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)
-            ]
-        except (
-            SyntaxError,
-            ValueError,
-            OSError,
-        ):  # a file of the library that is no Python of this version
-            continue
-        texts.append(
-            "\n\n".join(docstring for node in nodes if (docstring := ast.get_docstring(node)))
-        )
+        if not not_library & set(file.relative_to(library).parts):
+            texts.append("\n\n".join(_docstrings(file)))
     documents, seen = [], set()
     for text in texts:
         prose = []
         for paragraph in text.split("\n\n"):
-            flat = "".join(paragraph.split())
-            is_prose = (
-                len(flat) > 50
-                and sum(map(str.isalpha, flat)) > 0.85 * len(flat)
-                and ">>>" not in flat
-            )
-            if is_prose and flat not in seen:
-                seen.add(flat)
+            letters = "".join(paragraph.split())
+            if _is_prose(letters) and letters not in seen:
+                seen.add(letters)
                 prose.append(inspect.cleandoc(paragraph))
         if prose:
             documents.append("\n\n".join(prose))
     return documents
+
+
+def _docstrings(file: Path) -> list[str]:
+    """The docstrings of a module, its classes and functions; none if it is not valid Python."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError, OSError):  # some files of the library are wrong on purpose
+        return []
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
+    return [docstring for node in nodes if (docstring := ast.get_docstring(node))]
+
+
+def _is_prose(chars: str) -> bool:
+    """Whether a paragraph without its white space is prose: long enough, letters, no doctest."""
+    n_letters = sum(map(str.isalpha, chars))
+    return len(chars) > 50 and n_letters > 0.85 * len(chars) and ">>>" not in chars
