@@ -523,9 +523,7 @@ def prepare_tokens(config: TokenizeConfig, build: bool = True) -> Path:
     if target.exists() or not build:
         return target
     tokenizer = _tokenizer_of(spec, config)
-    source = corpus.Corpus(
-        *_corpus_settings(config), num_shards=config.num_shards, shard_index=config.shard_index
-    )
+    source = _corpus_of(config, num_shards=config.num_shards, shard_index=config.shard_index)
     started, counts = time.monotonic(), Counter()
     interval_s = 0.1 if sys.stderr.isatty() else 30
     with tqdm(desc="tokenising", unit=" documents", mininterval=interval_s) as bar:
@@ -554,10 +552,10 @@ def _check_tokenize(config: TokenizeConfig) -> None:
         raise ValueError(f"--max_documents: {config.max_documents} must be positive")
 
 
-def _corpus_settings(config: TokenizeConfig) -> tuple:
-    """The arguments of corpus.Corpus that say which documents to read."""
+def _corpus_of(config: TokenizeConfig, **work) -> corpus.Corpus:
+    """The documents of these settings; `work` says which part of them is for this machine."""
     limits = (config.text_field, config.max_documents, config.streaming)
-    return config.dataset_name, config.dataset_subset, *limits
+    return corpus.Corpus(config.dataset_name, config.dataset_subset, *limits, **work)
 
 
 def _token_folder(config: TokenizeConfig, tokenizer_key: str) -> tuple[Path, dict]:
@@ -586,7 +584,7 @@ def _tokenizer_of(spec: str, config: TokenizeConfig) -> Tokenizer:
     if spec.split(":")[0] != "bpe":
         return byte_tokenizer() if spec == "bytes" else Tokenizer.load(spec)
     # trained on all documents for training, also by a machine that tokenises only a part of them
-    whole = corpus.Corpus(*_corpus_settings(config))
+    whole = _corpus_of(config)
     texts = (row["text"] for rows, _ in whole.chunks(None) for row in rows)
     for_training = (text for text in texts if not corpus.in_validation(text, config.val_share))
     return make_tokenizer(spec, for_training)

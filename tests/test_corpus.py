@@ -151,6 +151,15 @@ def test_unreadable_files_are_named(tmp_path, name, data, message):
         prepare(path.parent if name.startswith(".") else path, tmp_path)
 
 
+def test_files_with_different_columns_are_one_line_that_names_the_flag(tmp_path):
+    write_jsonl(tmp_path / "data/one/a.jsonl", documents(100))
+    (tmp_path / "data/two").mkdir()
+    (tmp_path / "data/two/b.jsonl").write_text('{"text": "b", "url": "c"}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="data: .*different columns; .*--dataset_subset"):
+        prepare(tmp_path / "data", tmp_path)
+    prepare(tmp_path / "data", tmp_path, dataset_subset="one")
+
+
 def test_without_a_network_the_message_names_the_folder_to_fill(tmp_path):
     words = ("tokenize", "--dataset_name", "someone/else", "--tokenizer", "bytes")
     env = {"https_proxy": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}

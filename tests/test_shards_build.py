@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, one_error_line, run
 from corpus_cases import documents, hub_folder, prepare, texts_in, write_jsonl
 
+import prep_dataset
 from parts.data import corpus, shards
 from parts.data.shards import content_hash, read_index
 from parts.data.tokenizers import byte_tokenizer, make_tokenizer
@@ -34,8 +35,22 @@ def test_parts_of_several_machines_merge_to_the_same(source, tmp_path, settings,
     for key in ("documents", "tokens", "bytes"):
         sums = [sum(s[key] for s in read_index(f)["shards"]) for f in (merged, whole)]
         assert sums[0] == sums[1]
-    with pytest.raises(ValueError, match="parts"):
+    with pytest.raises(ValueError, match="--parts: .*give each part once"):
         shards.merge(parts[:-1], tmp_path / "not")
+    with pytest.raises(ValueError, match="merged: already exists"):
+        shards.merge(parts, tmp_path / "merged")
+
+
+def test_merge_names_its_folder_after_the_parts_and_refuses_other_folders(source, tmp_path):
+    settings = {"dataset_subset": "one", "num_shards": 2}
+    parts = [str(prepare(source, tmp_path, **settings, shard_index=i)) for i in range(2)]
+    merged = prep_dataset.merge_parts(prep_dataset.MergeConfig(tuple(parts)))
+    assert str(merged) == parts[0].removesuffix("-part-0-of-2")
+    whole = prepare(source, tmp_path, dataset_subset="two")
+    for wrong in ((str(whole),), ()):
+        with pytest.raises(ValueError, match="--parts: name the folders"):
+            prep_dataset.merge_parts(prep_dataset.MergeConfig(wrong))
+    assert whole.exists()
 
 
 def test_parts_may_be_named_in_any_order(source, tmp_path):

@@ -18,31 +18,23 @@ def gpt2(monkeypatch):
     return T.gpt2_tokenizer()
 
 
+FOX = "The quick brown fox jumps over the lazy dog. The dog sleeps; the fox does not.\n\n"
+TRAINING_TEXTS = [FOX * 30, "naïve café"]
+
+
 @pytest.fixture(scope="module")
 def bpe():
-    return T.train_bpe(
-        [
-            "The quick brown fox jumps over the lazy dog. The dog sleeps; the fox does not.\n\n"
-            * 30,
-            "naïve café",
-        ],
-        400,
-    )
+    return T.train_bpe(TRAINING_TEXTS, 400)
 
 
 def test_gpt2_ids_equal_tiktokens_on_tiny_shakespeare(gpt2):
     text = shared("data/reference/tinyshakespeare.txt").read_text(encoding="utf-8")
     cut = int(len(text) * 0.9)
-    assert (len(gpt2.encode(text[:cut])), len(gpt2.encode(text[cut:]))) == (
-        301_966,
-        36_059,
-    )  # nanoGPT's counts
+    assert len(gpt2.encode(text[:cut])) == 301_966  # nanoGPT's counts
+    assert len(gpt2.encode(text[cut:])) == 36_059
     assert np.array_equal(gpt2.encode(text), tiktoken.get_encoding("gpt2").encode_ordinary(text))
-    assert (
-        gpt2.encode("Hello world").tolist() == [15496, 995]
-        and gpt2.eot == 50256
-        and gpt2.vocab_size == 50257
-    )
+    assert gpt2.encode("Hello world").tolist() == [15496, 995]
+    assert gpt2.eot == 50256 and gpt2.vocab_size == 50257
 
 
 def test_gpt2s_own_files_load_as_a_local_tokenizer(gpt2):
@@ -69,10 +61,8 @@ def test_every_text_comes_back(kind, text, request):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids.tolist()) == text
     assert tokenizer.eot not in ids.tolist()  # the separator written out is text
-    assert (
-        tokenizer.token_bytes()[ids].sum() == len(text.encode())
-        and ids.max(initial=0) < tokenizer.vocab_size
-    )
+    assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
+    assert ids.max(initial=0) < tokenizer.vocab_size
 
 
 @pytest.mark.parametrize("kind", ["bpe", "bytes"])
@@ -109,15 +99,11 @@ def test_documents_encoded_together_are_documents_encoded_apart(kind, bpe):
         "ftext|>",
         "",
     ]
-    for documents in (
-        plain,
-        [*plain, "text that says <|endoftext|> itself"],
-        [" " * 1_500_000, "after"],
-        [],
-    ):
-        apart = [
-            id for text in documents for id in (*tokenizer.encode(text).tolist(), tokenizer.eot)
-        ]
+    with_separator = [*plain, "text that says <|endoftext|> itself"]
+    for documents in (plain, with_separator, [" " * 1_500_000, "after"], []):
+        apart = []
+        for text in documents:
+            apart += [*tokenizer.encode(text).tolist(), tokenizer.eot]
         together = tokenizer.encode_documents(documents)
         assert together.tolist() == apart and together.dtype == np.uint32
 
@@ -131,33 +117,19 @@ def test_saved_tokenizer_loads_here_and_in_hugging_face_with_the_same_ids(kind, 
     text = "The quick naïve fox: 12345 'tis we'll  \n\n jump 😀 Привет"
     again = T.Tokenizer.load(tmp_path)
     assert again.fingerprint == tokenizer.fingerprint and again.eot == tokenizer.eot
-    assert (
-        tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids
-        == tokenizer.encode(text).tolist()
-    )
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert theirs.encode(text).ids == tokenizer.encode(text).tolist()
 
 
 def test_training_a_bpe_is_repeatable_and_merges_what_is_frequent(bpe):
-    texts = [
-        "The quick brown fox jumps over the lazy dog. The dog sleeps; the fox does not.\n\n" * 30,
-        "naïve café",
-    ]
-    assert T.train_bpe(texts, 400).fingerprint == bpe.fingerprint
+    assert T.train_bpe(TRAINING_TEXTS, 400).fingerprint == bpe.fingerprint
     assert len(bpe.encode(" fox")) == 1 and bpe.vocab_size <= 400
     assert T.train_bpe([""], 300).vocab_size == 257
 
 
 def test_different_merges_have_different_fingerprints(bpe):
-    assert (
-        len(
-            {
-                bpe.fingerprint,
-                T.byte_tokenizer().fingerprint,
-                T.train_bpe(["other text " * 50], 300).fingerprint,
-            }
-        )
-        == 3
-    )
+    other = T.train_bpe(["other text " * 50], 300)
+    assert len({bpe.fingerprint, T.byte_tokenizer().fingerprint, other.fingerprint}) == 3
 
 
 def test_auto_takes_the_small_vocabulary_on_a_cpu():
@@ -190,9 +162,10 @@ def test_a_download_that_hangs_is_given_up_in_time(monkeypatch, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize(
-    "spec", ["bpe:x", "bpe:12", "bpe:99999999999", "nonsense", "gpt3", "gpt2:3"]
-)
+UNKNOWN_SPECS = ["bpe:x", "bpe:12", "bpe:99999999999", "nonsense", "gpt3", "gpt2:3"]
+
+
+@pytest.mark.parametrize("spec", UNKNOWN_SPECS)
 def test_a_spec_that_names_nothing_is_refused(spec):
     with pytest.raises((ValueError, FileNotFoundError), match="--tokenizer"):
         T.make_tokenizer(spec, ["text"])
@@ -200,24 +173,18 @@ def test_a_spec_that_names_nothing_is_refused(spec):
 
 def test_a_tokenizer_file_that_would_give_other_ids_is_refused(tmp_path, bpe):
     good = json.loads(bpe.to_json())
+    model = good["model"]
+    digits = [{"type": "Digits"}, {"type": "ByteLevel", "use_regex": True}]
+    without_two_bytes = {t: i for t, i in model["vocab"].items() if t not in "!#"}
     wrong = {
         "normalizer": {"normalizer": {"type": "NFC"}},
         "wordpiece": {"model": {"type": "WordPiece", "vocab": {}}},
         "no special": {"added_tokens": []},
-        "shuffled": {"model": {**good["model"], "merges": good["model"]["merges"][::-1]}},
+        "shuffled": {"model": {**model, "merges": model["merges"][::-1]}},
         "no model": {"model": None},
-        "digits first": {
-            "pre_tokenizer": {
-                "type": "Sequence",
-                "pretokenizers": [{"type": "Digits"}, {"type": "ByteLevel", "use_regex": True}],
-            }
-        },
-        "bytes missing": {
-            "model": {
-                **good["model"],
-                "vocab": {t: i for t, i in good["model"]["vocab"].items() if t not in "!#"},
-            }
-        },
+        "digits first": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": digits}},
+        "no steps": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}},
+        "bytes missing": {"model": {**model, "vocab": without_two_bytes}},
     }
     for change in wrong.values():
         (tmp_path / "t.json").write_text(json.dumps({**good, **change}), encoding="utf-8")

@@ -327,6 +327,9 @@ def _named_errors(source: str):
     library_errors = (datasets.exceptions.DatasetsError, pyarrow.ArrowException)
     try:
         yield
+    except datasets.table.CastError as e:
+        fix = "if they are several datasets, name one by --dataset_subset"
+        raise ValueError(f"{source}: its files have different columns; {fix}") from e
     except (OSError, UnicodeDecodeError, *library_errors) as e:
         cause = " ".join(str(e.__cause__ or e).split())[:200]
         if isinstance(e, OSError) and _may_pass(e):

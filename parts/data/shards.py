@@ -433,7 +433,7 @@ class Shards:
         return sum(len(t) for t in self.tokens)
 
     def read(self, shard: int, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of one file as int64. Raises OSError if they differ from their hash."""
+        """Tokens [start, stop) of one file as int64. Raises OSError if their hash differs."""
         self.check(shard, [start], stop - start)
         return self.tokens[shard][start:stop].astype(np.int64)
 

@@ -237,6 +237,8 @@ def _pattern_of(pre_tokenizer: dict) -> str:
     steps = [pre_tokenizer]
     if pre_tokenizer["type"] == "Sequence":
         steps = pre_tokenizer["pretokenizers"]
+    if not steps:
+        raise ValueError("it has no pre-tokenizer")
     *before, last = steps
     if last["type"] != "ByteLevel" or len(before) > 1:
         raise ValueError("its pre-tokenizer is not byte-level with at most one pattern")
