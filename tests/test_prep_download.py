@@ -1,54 +1,15 @@
 """Downloads: books are fetched once, and servers that lie, drip or are gone."""
 
-import contextlib
-import http.server
 import json
 import re
 import socket
 import threading
-import time
 
 import pytest
 from conftest import one_error_line
-from prep_cases import END, HEADER, PROSE, START, prepare
+from prep_cases import END, HEADER, PROSE, START, book_server, prepare
 
 import prep_dataset
-
-
-@contextlib.contextmanager
-def book_server(answer):
-    """
-    A server on the loopback address; yields (its URL, paths asked for, user agents).
-
-    answer(path) returns (status, announced length or None, body); a body in a list is sent slowly.
-    """
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            agents.add(self.headers["User-Agent"])
-            status, length, body = answer(self.path)
-            self.send_response(status)
-            self.send_header("Content-Type", "text/plain")
-            if length is not None:
-                self.send_header("Content-Length", str(length))
-            self.end_headers()
-            with contextlib.suppress(OSError):
-                for piece in body if isinstance(body, list) else [body]:
-                    self.wfile.write(piece)
-                    time.sleep(0.1 * isinstance(body, list))
-
-        def log_message(self, *_):
-            pass
-
-    asked, agents = [], set()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", asked, agents
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def a_book(n) -> bytes:

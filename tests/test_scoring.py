@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import shared
-from test_prep_download import book_server
+from prep_cases import book_server
 
 from gpt_train import GPT, GPTConfig, evaluate_model
 from parts.data.tokenizers import byte_tokenizer

@@ -221,8 +221,8 @@ class Corpus:
         field = self.text_field or next((f for f in ("text", "content") if f in columns), None)
         if field not in columns:
             what = f"no column {field!r}" if field else "neither a column 'text' nor 'content'"
-            fix = "name the one with the text by --text_field"
-            raise ValueError(f"{source}: has {what}; its columns are {', '.join(columns)}; {fix}")
+            what += f"; its columns are {', '.join(columns)}"
+            raise ValueError(f"{source}: has {what}; name the one with the text by --text_field")
         if not isinstance(first.get(field), str | None):
             what = f"column {field!r} holds {type(first[field]).__name__}, not text"
             raise ValueError(f"{source}: {what}; name another by --text_field")

@@ -457,6 +457,6 @@ class Shards:
         for b in sorted(unchecked):
             block = tokens[b * size : (b + 1) * size].tobytes()
             if _block_hash(block) != hashes[16 * b : 16 * b + 16]:
-                what = f"block {b} differs from index.json"
-                raise OSError(f"{self.paths[shard]}: {what}; delete {self.folder} and rebuild it")
+                what = f"block {b} differs from index.json; delete {self.folder} and rebuild it"
+                raise OSError(f"{self.paths[shard]}: {what}")
             checked[b] = True
