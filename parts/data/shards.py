@@ -76,8 +76,8 @@ def read_header(path) -> tuple[int, type]:
         raise ValueError(f"{path}: {what}; rebuild it with prep_dataset.py")
     expected = _file_size(int(header[2]), dtype)
     if size != expected:
-        what = f"damaged: {size:,} bytes, but its header says {expected:,}"
-        raise ValueError(f"{path}: {what}; delete the folder and rebuild it")
+        what = f"has {size:,} bytes, but its header says {expected:,}"
+        raise ValueError(f"{path}: {what}; it is damaged, delete or rebuild it")
     return int(header[2]), dtype
 
 
