@@ -16,7 +16,7 @@ from prep_dataset import GutenbergConfig, clean_book, prepare_gutenberg, read_do
 
 
 def write_book(path, text):
-    """Write a book in Project Gutenberg's layout; the file's name, a number, is part of its text."""
+    """Write a book in Project Gutenberg's layout; the number in the file's name is in its text."""
     number = f"Number {path.stem}. " * 100 + "\n\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(HEADER + START + text + number + END, encoding="utf-8")
