@@ -1,5 +1,5 @@
 """
-Matrix products of a few rows, as sampling has them, the way that is fastest on CPUs.
+Matrix products of a few rows, which is what sampling computes, the fastest way on CPUs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 
 class Linear(nn.Linear):
-    """torch's, with `product` inside."""
+    """nn.Linear that computes with `product`."""
 
     def forward(self, x):
         """x (..., in) -> (..., out)."""
@@ -19,25 +19,27 @@ class Linear(nn.Linear):
 
 def product(x, weight, bias=None):
     """
-    x (..., in) times weight (out, in), plus bias (out,): F.linear, and for up to eight rows on a CPU the same by another route.
+    F.linear: x (..., in) times weight (out, in), plus bias (out,).
 
-    Every weight is read for so little arithmetic, so memory decides. MKL reads at 16 GB/s for x W^T of one row, and at 35 to
-    39 of 41 for W x^T of two to four, a row doubled (two cores of an EPYC, 2304 x 768); not so where `in` is the longer side.
+    Up to eight rows on a CPU take another route. Each weight is read for so little arithmetic that
+    memory bandwidth decides: MKL reads 16 GB/s for x W^T of one row, and 35 to 39 of 41 GB/s for
+    W x^T of two to four, a single row doubled (two cores of an EPYC, 2304 x 768). Not so if `in` is
+    the longer side.
     """
-    n, few = x.numel() // x.shape[-1], weight.shape[0] >= weight.shape[1]
-    fp32 = (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
-    )
-    if (
-        not (0 < n <= 8 and few and fp32 and torch.backends.mkl.is_available())
-        or torch.is_grad_enabled()
-    ):
+    n = x.numel() // x.shape[-1]  # rows
+    small = 0 < n <= 8 and weight.shape[0] >= weight.shape[1]
+    if torch.is_grad_enabled() or not (small and _multiplies_in_mkl(x, weight)):
         return F.linear(x, weight, bias)
-    parts = x.reshape(n, -1).split(4)
-    parts = [
-        torch.mm(weight, (p if len(p) > 1 else p.repeat(2, 1)).t())[:, : len(p)] for p in parts
-    ]  # (out, up to 4) each
+    parts = []
+    for rows in x.reshape(n, -1).split(4):
+        doubled = rows if len(rows) > 1 else rows.repeat(2, 1)
+        parts.append(torch.mm(weight, doubled.t())[:, : len(rows)])  # (out, up to 4)
     y = torch.cat(parts, dim=1).t()  # (n, out)
     return (y if bias is None else y + bias).reshape(*x.shape[:-1], -1)
+
+
+def _multiplies_in_mkl(x, weight) -> bool:
+    """Whether the product is one of MKL: in fp32, on a CPU."""
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.dtype == weight.dtype == torch.float32 and torch.backends.mkl.is_available()

@@ -1,9 +1,10 @@
 """
-What goes on inside a GPT while it reads: where its heads look, what each layer would already say, what surprises it.
+Inside a GPT while it reads: where its heads look, what each layer predicts, what surprises it.
 
-Every function takes a model that has the pieces of `gpt_train.GPT` (wte, wpe, h, ln_f and, unless tied, lm_head) and ids (T,)
-int64 on its device, T at most its context; it runs without gradients and leaves the model as it was. Shapes: T positions, C width,
-H heads, D head_dim, V vocabulary, L layers. `n_ids` leaves out ids that the model has and its tokenizer lacks.
+Every function takes a model with the modules of `gpt_train.GPT` (wte, wpe, h, ln_f and, unless
+tied, lm_head) and ids (T,) int64 on its device, T at most its context. It runs without gradients
+and leaves the model as it was. `n_ids` leaves out ids that the model has and its tokenizer lacks.
+Shapes: T positions, C width, H heads, D head_dim, V vocabulary, L layers.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 
 @contextlib.contextmanager
 def _reading(model):
-    """Without gradients and without dropout; the model is left in the mode it was in."""
+    """Without gradients and without dropout; afterwards the model is in its mode of before."""
     was_training = model.training
     model.eval()
     try:
@@ -29,14 +30,16 @@ def _reading(model):
 
 def residual_stream(model, ids) -> torch.Tensor:
     """
-    What each position carries from layer to layer, (L + 1, T, C): [0] is the embedding, [i] what block i - 1 has left.
+    What each position carries from layer to layer, (L + 1, T, C).
 
-    Raises ValueError where the text is empty or longer than the context.
+    [0] is the embedding, [i] the output of block i - 1. Raises ValueError if the text is empty or
+    longer than the context.
     """
     T, longest = len(ids), model.config.block_size
     if not 1 <= T <= longest:
         raise ValueError(
-            f"the text has {T:,} tokens, the model reads 1 to {longest:,}; give a shorter or a longer one"
+            f"the text has {T:,} tokens, the model reads 1 to {longest:,}; "
+            "give a shorter or a longer one"
         )
     with _reading(model):
         x = model.wte(ids)[None] + model.wpe(torch.arange(T, device=ids.device))  # (1, T, C)
@@ -49,9 +52,10 @@ def residual_stream(model, ids) -> torch.Tensor:
 
 def attention_maps(model, ids, layer: int) -> torch.Tensor:
     """
-    How much each position reads from each earlier one in one layer, (H, T, T) fp32: rows are the readers and add up to 1.
+    How much each position reads from itself and each earlier one in one layer, (H, T, T) fp32.
 
-    Computed anew from the layer's query and key, since the kernels that train never hold these probabilities.
+    Rows are the readers and sum to 1. Computed from the layer's query and key, because the kernels
+    of the training never store these probabilities.
     """
     block, x = model.h[layer], residual_stream(model, ids)[layer]
     (T, C), H = x.shape, block.attn.n_head
@@ -65,10 +69,11 @@ def attention_maps(model, ids, layer: int) -> torch.Tensor:
 
 def logit_lens(model, ids, n_ids: int | None = None) -> torch.Tensor:
     """
-    Log-probabilities of the next token after the last of `ids`, as if the model ended behind each layer: (L + 1, V) fp32.
+    Log-probabilities of the token after `ids`, as if the model ended after each layer: (L + 1, V).
 
-    The last norm and the head are put behind every layer's residual stream; the last row is the model's own answer.
-    Source: nostalgebraist 2020, "interpreting GPT: the logit lens". Raises RuntimeError where the output is not finite.
+    In fp32: the last norm and the head, applied to the residual stream after every layer; the last
+    row is the output of the model. Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
+    Raises RuntimeError if the output is not finite.
     """
     x = residual_stream(model, ids)[:, -1]  # (L + 1, C)
     with _reading(model):
@@ -76,7 +81,11 @@ def logit_lens(model, ids, n_ids: int | None = None) -> torch.Tensor:
 
 
 def token_losses(model, ids) -> torch.Tensor:
-    """How much each token but the first surprises the model, (T - 1,) fp32 nats: -log of the probability that it had been given."""
+    """
+    How much each token but the first surprises the model, (T - 1,) fp32 nats.
+
+    That is -log of the probability that the model gave it.
+    """
     with _reading(model):
         logits = _finite(model(ids[None])[0, :-1]).float()  # (T - 1, V)
         return F.cross_entropy(logits, ids[1:], reduction="none")
@@ -85,7 +94,11 @@ def token_losses(model, ids) -> torch.Tensor:
 def neighbours(
     model, token: int, k: int, n_ids: int | None = None
 ) -> tuple[list[int], list[float]]:
-    """The k tokens whose embeddings point most nearly the same way as this one's, and the cosines, highest first; not itself."""
+    """
+    The k other tokens whose embeddings have the most similar direction, and the cosines.
+
+    Highest first.
+    """
     with torch.no_grad():
         directions = F.normalize(model.wte.weight[:n_ids].float(), dim=1)  # (V, C)
         cosines = directions @ directions[token]  # (V,)
@@ -102,7 +115,7 @@ def _head(model) -> torch.Tensor:
 def _finite(logits):
     if not torch.isfinite(logits).all():
         raise RuntimeError(
-            "the model's output is not finite: its training has diverged; look at another checkpoint"
+            "the model's output is not finite: its training has diverged; use another checkpoint"
         )
     return logits
 
@@ -111,15 +124,21 @@ def _finite(logits):
 
 
 def ids_of(text: str, tokenizer, longest: int, last: bool):
-    """(ids (T,) int64 of end-of-text and the text, a sentence where only its `last` or first `longest` tokens are taken, else "")."""
+    """
+    (ids (T,) int64 of end-of-text and the text, a note).
+
+    Of a text that is too long these are the `last` or first `longest` ones, and the note says so;
+    else it is "".
+    """
     ids = torch.tensor([tokenizer.eot, *tokenizer.encode(text).tolist()])
     if len(ids) <= longest:
         return ids, ""
-    note = f"The text has {len(ids):,} tokens and the model reads {longest:,} at most: these are its {'last' if last else 'first'} ones."
-    return ids[-longest:] if last else ids[:longest], note
+    which = "last" if last else "first"
+    length = f"The text has {len(ids):,} tokens and the model reads {longest:,} at most"
+    return ids[-longest:] if last else ids[:longest], f"{length}: these are its {which} ones."
 
 
 def shown(tokenizer, token: int) -> str:
-    """A token as it can be seen: a dot for each blank, bytes that are no whole character in hexadecimal."""
+    """A token made visible: a dot for each blank, bytes of incomplete characters as hexadecimal."""
     text = tokenizer.decode_bytes([token]).decode("utf-8", errors="backslashreplace")
     return text.replace("\n", "\\n").replace(" ", "\u00b7")
