@@ -1,27 +1,40 @@
-"""The keys and values of one layer, kept while a model samples."""
+"""
+The key-value cache of attention, for sampling: earlier positions are not computed again.
+
+    cache = [LayerCache(capacity) for _ in model.h]    # one per block
+    model(prompt, cache=cache)                         # fills it
+    model(next_ids, cache=cache)                       # reads only the new positions, and adds them
+
+Letters: B rows, H heads, T positions, D head_dim.
+"""
 
 from __future__ import annotations
 
 
 class LayerCache:
-    """For sampling (read CausalSelfAttention first): keys and values, (B, H, T, D), of the positions seen; room for `capacity`."""
+    """
+    Keys and values of one attention layer, for up to `capacity` positions.
+
+    len(cache) is the number of positions that it holds.
+    """
 
     def __init__(self, capacity: int):
-        self.capacity, self.n, self.k, self.v = capacity, 0, None, None
+        self.capacity = capacity
+        self.n = 0
+        self.k = None  # (B, H, capacity, D), as self.v
+        self.v = None
 
     def __len__(self) -> int:
         return self.n
 
     def extend(self, k, v):
-        """All keys and values up to now, the new ones last."""
-        if (
-            self.k is None
-        ):  # taken once: to join old and new for every token would copy them all each time
+        """Add keys and values (B, H, T, D); returns those of all positions so far, the new last."""
+        if self.k is None:  # allocated once: joining old and new for each token would copy them all
             B, H, _, D = k.shape
-            self.k, self.v = (
-                k.new_empty(B, H, self.capacity, D),
-                v.new_empty(B, H, self.capacity, D),
-            )
-        start, self.n = self.n, self.n + k.shape[2]
-        self.k[:, :, start : self.n], self.v[:, :, start : self.n] = k, v
+            self.k = k.new_empty(B, H, self.capacity, D)
+            self.v = v.new_empty(B, H, self.capacity, D)
+        start = self.n
+        self.n += k.shape[2]
+        self.k[:, :, start : self.n] = k
+        self.v[:, :, start : self.n] = v
         return self.k[:, :, : self.n], self.v[:, :, : self.n]
