@@ -12,17 +12,15 @@ from parts.model.few_row_matmul import Linear, product
 @torch.no_grad()
 def test_a_few_rows_give_what_linear_gives(shape, biased):
     torch.manual_seed(1)
-    weight, bias = torch.randn(48, 16, dtype=torch.float32), torch.randn(48) if biased else None
+    weight, bias = torch.randn(48, 16), torch.randn(48) if biased else None
     x = torch.randn(*shape, 16)
     y = product(x, weight, bias)
     assert y.shape == (*shape, 48) and torch.allclose(y, F.linear(x, weight, bias), atol=1e-5)
-    assert torch.equal(
-        product(x[..., :8], weight[:8, :8]),
-        product(x[..., :8].contiguous(), weight[:8, :8].contiguous()),
-    )
+    strided, whole = (x[..., :8], weight[:8, :8]), (x[..., :8].contiguous(), weight[:8, :8])
+    assert torch.equal(product(*strided), product(whole[0], whole[1].contiguous()))
 
 
-def test_a_row_does_not_hang_on_the_rows_beside_it():
+def test_a_row_does_not_depend_on_the_rows_beside_it():
     torch.manual_seed(2)
     weight, x = torch.randn(48, 16), torch.randn(8, 16)
     with torch.no_grad():

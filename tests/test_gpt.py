@@ -1,4 +1,4 @@
-"""The model equals GPT-2, and everything built on its logits agrees with a plain way to compute it."""
+"""The model equals GPT-2, and what is built on its logits equals a plain way to compute it."""
 
 import dataclasses
 import math
@@ -58,9 +58,8 @@ def as_transformers(model: GPT):
         for k, v in model.state_dict().items()
     }
     missing, unexpected = reference.load_state_dict(weights, strict=False)
-    assert not unexpected and all(
-        name == "lm_head.weight" or name.endswith(".attn.bias") for name in missing
-    )
+    assert not unexpected
+    assert all(name == "lm_head.weight" or name.endswith(".attn.bias") for name in missing)
     reference.tie_weights()
     return reference
 
@@ -69,9 +68,8 @@ def as_transformers(model: GPT):
 @torch.no_grad()
 def test_logits_equal_transformers(T):
     model = tiny_model(block_size=1024, n_layer=3, n_embd=96, n_head=3, vocab_size=1000)
-    for (
-        parameter
-    ) in model.parameters():  # biases and norms away from 0 and 1, or half the model goes untested
+    # biases and norms away from 0 and 1, or half of the model is not tested
+    for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.05)
     ids = torch.randint(1000, (3, T))
     assert (model(ids) - as_transformers(model)(ids).logits).abs().max() <= 1e-4
@@ -106,17 +104,15 @@ def test_impossible_shapes_are_refused(wrong):
 def test_initialisation_is_gpt2s():
     model = tiny_model(n_layer=8, n_embd=256)
     assert model.wte.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert model.h[3].mlp.c_proj.weight.std().item() == pytest.approx(
-        0.02 / math.sqrt(16), rel=0.05
-    )
+    last_product = model.h[3].mlp.c_proj.weight.std().item()
+    assert last_product == pytest.approx(0.02 / math.sqrt(16), rel=0.05)
     assert model.h[3].attn.c_attn.bias.abs().max() == 0
 
 
 def test_first_loss_is_that_of_guessing_evenly():
     model, ids = tiny_model(), torch.randint(97, (8, 16))
-    assert calc_loss_batch(ids, ids.roll(-1, 1), model, "cpu").item() == pytest.approx(
-        math.log(97), abs=0.3
-    )
+    loss = calc_loss_batch(ids, ids.roll(-1, 1), model, "cpu").item()
+    assert loss == pytest.approx(math.log(97), abs=0.3)
 
 
 def test_the_loss_is_the_fp32_sum_over_targets_that_are_not_ignored():
@@ -146,18 +142,14 @@ def test_text_longer_than_the_context_is_refused():
 def test_evaluation_weighs_tokens_not_batches():
     """A ragged last batch counts by its tokens: the mean of means would differ."""
     model, tokens = tiny_model(dropout=0.5).train(), torch.randint(97, (1, 41))
-    inputs, targets = (
-        F.pad(tokens[:, :-1], (0, 8)).view(-1, 16),
-        F.pad(tokens[:, 1:], (0, 8), value=-100).view(-1, 16),
-    )
+    inputs = F.pad(tokens[:, :-1], (0, 8)).view(-1, 16)
+    targets = F.pad(tokens[:, 1:], (0, 8), value=-100).view(-1, 16)
     ragged = [(inputs[:2], targets[:2]), (inputs[2:], targets[2:])]
     whole = evaluate_model(model, [(inputs, targets)], "cpu")
     assert evaluate_model(model, ragged, "cpu")["loss"] == pytest.approx(whole["loss"], rel=1e-6)
     assert whole["tokens"] == 40 and model.training
-    model.eval()
-    assert whole["loss"] == pytest.approx(
-        model(inputs, targets).item() / 40, rel=1e-6
-    )  # dropout was off
+    model.eval()  # dropout was off
+    assert whole["loss"] == pytest.approx(model(inputs, targets).item() / 40, rel=1e-6)
 
 
 def test_bits_per_byte_of_an_even_guess_over_bytes_is_eight():
@@ -167,9 +159,8 @@ def test_bits_per_byte_of_an_even_guess_over_bytes_is_eight():
 
     tokenizer = byte_tokenizer()
     ids = text_to_token_ids("any text, also żółć", tokenizer)
-    assert evaluate_model(Even(), [(ids, ids)], "cpu", tokenizer.token_bytes())[
-        "bits_per_byte"
-    ] == pytest.approx(8)
+    result = evaluate_model(Even(), [(ids, ids)], "cpu", tokenizer.token_bytes())
+    assert result["bits_per_byte"] == pytest.approx(8)
 
 
 # --------------------------------------------------------------------------------------------------- generation
@@ -188,9 +179,8 @@ def test_cached_generation_equals_uncached_also_past_the_context(prompt, options
         parameter.data.mul_(3)  # far from even, so that a wrong cache would be seen
     cached = generate(model, ids, 40, seed=1, **options)
     assert torch.equal(cached, generate(model, ids, 40, seed=1, use_cache=False, **options))
-    assert cached.shape == (len(prompt), len(prompt[0]) + 40) and torch.equal(
-        cached[:, : ids.shape[1]], ids
-    )
+    assert cached.shape == (len(prompt), len(prompt[0]) + 40)
+    assert torch.equal(cached[:, : ids.shape[1]], ids)
 
 
 def test_several_new_tokens_read_the_cache_as_one_pass_would():
@@ -220,33 +210,28 @@ def test_sampling_follows_the_distribution_of_the_options():
             return torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(len(ids), 1, 4)
 
     def shares(**options):
-        ids = generate(
-            Fixed(), torch.zeros(20_000, 1, dtype=torch.long), 1, seed=0, use_cache=False, **options
-        )
+        start = torch.zeros(20_000, 1, dtype=torch.long)
+        ids = generate(Fixed(), start, 1, seed=0, use_cache=False, **options)
         return (torch.bincount(ids[:, 1], minlength=4) / 20_000).tolist()
 
     assert shares() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.02)
     assert shares(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.02)
     assert shares(top_p=0.79) == pytest.approx([0.625, 0.375, 0, 0], abs=0.02)
     assert shares(top_p=0.01) == [1, 0, 0, 0]
-    assert shares(temperature=0.5) == pytest.approx(
-        [x / 0.365 for x in (0.25, 0.09, 0.0225, 0.0025)], abs=0.02
-    )
+    squares = [x / 0.365 for x in (0.25, 0.09, 0.0225, 0.0025)]
+    assert shares(temperature=0.5) == pytest.approx(squares, abs=0.02)
 
 
-def test_a_row_that_stopped_stays_stopped_while_others_go_on():
+def test_a_row_that_stopped_stays_stopped_while_others_continue():
     model = tiny_model()
     ids = generate(model, torch.tensor([[1], [2], [3]]), 200, seed=2, stop_token=7)
     for row in ids.tolist():
         if 7 in row:
             assert set(row[row.index(7) :]) == {7}
-    assert generate(
-        model,
-        torch.tensor([[1]]),
-        200,
-        temperature=0,
-        stop_token=int(model(torch.tensor([[1]])).argmax()),
-    ).shape == (1, 2)
+    first = torch.tensor([[1]])
+    likeliest = int(model(first).argmax())
+    ids = generate(model, first, 200, temperature=0, stop_token=likeliest)
+    assert ids.shape == (1, 2)
 
 
 def test_ids_that_the_tokenizer_lacks_are_never_sampled():
@@ -279,11 +264,8 @@ def test_a_stream_gives_the_text_of_the_whole_and_never_half_a_character():
 def test_a_head_of_its_own_is_used_trained_and_counted():
     config = dataclasses.replace(TINY, tied=False)
     model, ids = GPT(config), torch.randint(TINY.vocab_size, (2, 5))
-    assert (
-        sum(p.numel() for p in model.parameters())
-        == count_parameters(config)
-        == count_parameters(TINY) + TINY.vocab_size * TINY.n_embd
-    )
+    n = count_parameters(TINY) + TINY.vocab_size * TINY.n_embd
+    assert sum(p.numel() for p in model.parameters()) == count_parameters(config) == n
     assert flops_per_token(config) == flops_per_token(TINY)
     before = model(ids)
     model(ids, ids).backward()
@@ -312,28 +294,22 @@ def test_an_empty_prompt_is_refused():
 
 def test_text_to_ids_and_back():
     tokenizer = byte_tokenizer()
-    assert token_ids_to_text(text_to_token_ids("naïve 😀", tokenizer), tokenizer) == "naïve 😀"
+    ids = text_to_token_ids("naïve 😀", tokenizer)
+    assert token_ids_to_text(ids, tokenizer) == "naïve 😀"
 
 
 def test_flops_are_six_per_matrix_weight_and_attention():
     c = TINY
-    matrices = (
-        c.vocab_size * c.n_embd + c.n_layer * (12 * c.n_embd**2 + 13 * c.n_embd) + 2 * c.n_embd
-    )
+    blocks = c.n_layer * (12 * c.n_embd**2 + 13 * c.n_embd)
+    matrices = c.vocab_size * c.n_embd + blocks + 2 * c.n_embd
     assert flops_per_token(c) == 6 * matrices + 12 * c.n_layer * c.n_embd * c.block_size
 
 
 @pytest.mark.parametrize("suffix", ["png", "pdf"])
 def test_plots_are_written_without_a_display_or_not_at_all(tmp_path, suffix, monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
-    path = plot_losses(
-        [0, 1, 2],
-        [0, 10, 20],
-        [None, 3.0, 2.5],
-        [4.0, None, 2.8],
-        tmp_path / f"loss.{suffix}",
-        uniform_loss=4.2,
-    )
+    lists = ([0, 1, 2], [0, 10, 20], [None, 3.0, 2.5], [4.0, None, 2.8])
+    path = plot_losses(*lists, tmp_path / f"loss.{suffix}", uniform_loss=4.2)
     assert path.read_bytes()[:4] in (b"\x89PNG", b"%PDF")
     plot_losses([0], [0], [None], [None], tmp_path / f"empty.{suffix}")
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"empty.{suffix}", f"loss.{suffix}"]

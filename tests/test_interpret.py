@@ -1,4 +1,4 @@
-"""What the notebook shows of a model is what the model does: equal to transformers' own attentions and hidden states."""
+"""What the notebook shows of a model equals attentions and hidden states of transformers."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from parts.report.interpret import (
 
 
 def rough_model(**changes):
-    """A tiny GPT whose biases and norms are away from 0 and 1, or half of it goes untested."""
+    """A tiny GPT whose biases and norms are away from 0 and 1, or half of it is not tested."""
     model = tiny_model(n_layer=3, **changes)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -25,7 +25,7 @@ def rough_model(**changes):
 
 @pytest.fixture(scope="module")
 def pair():
-    """A model, ids (13,), and what transformers says of them."""
+    """A model, ids (13,), and the output of transformers for them."""
     model, ids = rough_model(), torch.randint(97, (13,))
     reference = as_transformers(model)
     reference.set_attn_implementation("eager")  # the kernels do not hold probabilities
@@ -36,24 +36,22 @@ def pair():
 def test_attention_maps_equal_those_of_transformers(pair):
     model, ids, reference = pair
     for layer in range(3):
-        assert (
-            attention_maps(model, ids, layer) - reference.attentions[layer][0]
-        ).abs().max() <= 1e-5
+        difference = attention_maps(model, ids, layer) - reference.attentions[layer][0]
+        assert difference.abs().max() <= 1e-5
 
 
 def test_every_row_of_attention_adds_up_to_one_and_none_looks_ahead(pair):
     model, ids, _ = pair
     maps = attention_maps(model, ids, 1)
-    assert maps.shape == (2, 13, 13) and torch.allclose(
-        maps.sum(dim=2), torch.ones(2, 13), atol=1e-6
-    )
+    assert maps.shape == (2, 13, 13)
+    assert torch.allclose(maps.sum(dim=2), torch.ones(2, 13), atol=1e-6)
     assert maps.triu(1).abs().max() == 0
 
 
 def test_the_residual_stream_equals_the_hidden_states_of_transformers(pair):
     model, ids, reference = pair
     stream = residual_stream(model, ids)
-    for i in range(3):  # behind the last block transformers has its last norm already
+    for i in range(3):  # after the last block transformers has applied its last norm
         assert (stream[i] - reference.hidden_states[i][0]).abs().max() <= 1e-5
     assert (model.ln_f(stream[3]) - reference.hidden_states[3][0]).abs().max() <= 1e-4
 
@@ -71,13 +69,11 @@ def test_the_last_layer_of_the_lens_is_the_models_own_answer(tied):
 def test_losses_of_the_tokens_are_cross_entropy_and_add_up_to_the_models_loss(pair):
     model, ids, reference = pair
     losses = token_losses(model, ids)
-    assert torch.allclose(
-        losses, F.cross_entropy(reference.logits[0, :-1], ids[1:], reduction="none"), atol=1e-4
-    )
+    expected = F.cross_entropy(reference.logits[0, :-1], ids[1:], reduction="none")
+    assert torch.allclose(losses, expected, atol=1e-4)
     with torch.no_grad():
-        assert losses.sum().item() == pytest.approx(
-            model(ids[None, :-1], ids[None, 1:]).item(), rel=1e-5
-        )
+        total = model(ids[None, :-1], ids[None, 1:]).item()
+    assert losses.sum().item() == pytest.approx(total, rel=1e-5)
 
 
 def test_neighbours_are_the_highest_cosines_and_not_the_token_itself():
@@ -87,18 +83,16 @@ def test_neighbours_are_the_highest_cosines_and_not_the_token_itself():
     ids, cosines = neighbours(model, 5, 4)
     expected = F.cosine_similarity(model.wte.weight, model.wte.weight[5][None])
     assert ids[0] == 70 and len(ids) == 4 and 5 not in ids
-    assert cosines == pytest.approx(expected[ids].tolist(), abs=1e-6) and cosines == sorted(
-        cosines, reverse=True
-    )
+    assert cosines == pytest.approx(expected[ids].tolist(), abs=1e-6)
+    assert cosines == sorted(cosines, reverse=True)
     assert len(neighbours(model, 0, 1000)[0]) == 96
 
 
 def test_ids_that_the_tokenizer_lacks_are_left_out():
     model, ids = rough_model(), torch.randint(50, (7,))
-    assert logit_lens(model, ids, n_ids=50).shape == (4, 50)
-    assert torch.allclose(
-        logit_lens(model, ids, n_ids=50).exp().sum(dim=1), torch.ones(4), atol=1e-5
-    )
+    lens = logit_lens(model, ids, n_ids=50)
+    assert lens.shape == (4, 50)
+    assert torch.allclose(lens.exp().sum(dim=1), torch.ones(4), atol=1e-5)
     assert max(neighbours(model, 3, 96, n_ids=50)[0]) < 50
 
 

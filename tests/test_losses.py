@@ -93,7 +93,7 @@ def test_without_gradients_it_is_the_same_loss():
 
 
 class Kernels(TorchDispatchMode):
-    """Counts the operators that start a kernel: all but views and allocations."""
+    """Records the operators that start a kernel: all but views and allocations."""
 
     NO_KERNEL = ("aten.empty", "aten.new_empty", "aten.detach", "aten.lift_fresh")
 
@@ -109,14 +109,13 @@ class Kernels(TorchDispatchMode):
 
 
 def kernels_of_head(N=16 * 1024, C=768, V=50257) -> list[str]:
-    """Those of 124M with 16 rows of 1,024 tokens in bf16, on tensors that hold nothing."""
+    """Of 124M with 16 rows of 1,024 tokens in bf16, on tensors without memory."""
     hidden, weight = torch.empty(N, C, device="meta"), torch.empty(V, C, device="meta")
     targets = torch.empty(N, dtype=torch.int64, device="meta")
     losses._adds_in_fp32("meta", torch.bfloat16)  # asked once in a process
     with Kernels() as kernels:
-        losses._loss_and_gradients(
-            hidden, weight, targets, None, torch.bfloat16, False, True, True, False
-        )
+        wanted = (True, True, False)
+        losses._loss_and_gradients(hidden, weight, targets, torch.bfloat16, False, wanted)
     return kernels.names
 
 
@@ -125,14 +124,12 @@ def test_on_a_gpu_the_head_takes_few_kernels():
 
 
 def test_on_a_gpu_a_step_of_124m_takes_few_kernels(monkeypatch):
-    """Blocks are counted on the CPU at a small width, in bf16 with torch's attention kernel; the head as above."""
-    monkeypatch.setattr(
-        gpt_train, "cross_entropy_of_head", lambda x, head, targets: x.float().sum()
-    )
+    """The blocks on the CPU, small, in bf16, with torch's attention kernel; the head as above."""
+    monkeypatch.setattr(gpt_train, "cross_entropy_of_head", lambda x, *_: x.float().sum())
     monkeypatch.setattr(gpt_train, "attends_in_products", lambda *_: False)
-    model = GPT(
-        GPTConfig(vocab_size=64, block_size=16, n_layer=12, n_head=2, n_embd=16, tied=False)
-    )  # dense
+    # tied=False: the gradient of the embedding is dense, as on a GPU
+    shape = GPTConfig(vocab_size=64, block_size=16, n_layer=12, n_head=2, n_embd=16, tied=False)
+    model = GPT(shape)
     optimizer = Optimizer(model, (Block,), "adamw", 0.1, torch.device("cpu"))
     optimizer.set_lr(1e-3)
     ids = torch.zeros(2, 16, dtype=torch.int64)
@@ -224,7 +221,7 @@ def test_the_tied_embedding_gets_both_gradients_as_one_dense_tensor():
     model = GPT(GPTConfig(vocab_size=301, block_size=16, n_layer=1, n_head=2, n_embd=16))
     ids = torch.randint(301, (4, 17))
     gradients = []
-    for _ in range(2):  # added to what is there
+    for _ in range(2):  # the second is added to the first
         model(ids[:, :-1], ids[:, 1:]).backward()
     gradients.append(model.wte.weight.grad)
     model.zero_grad()

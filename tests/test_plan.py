@@ -1,4 +1,8 @@
-"""What --plan says is what happens: parameters, what autograd keeps, memory, disk, steps; and it starts and writes nothing."""
+"""
+What --plan prints is what happens: parameters, what autograd keeps, memory, disk, steps.
+
+And a plan starts and writes nothing.
+"""
 
 import os
 import re
@@ -46,7 +50,7 @@ def test_parameters_by_part_are_those_of_the_modules(tied):
 
 
 def kept_by_autograd(config, B: int, dtype, recomputed: bool) -> int:
-    """Bytes of everything but parameters that a forward pass keeps for the backward pass, each piece of memory once."""
+    """Bytes that a forward pass keeps for the backward pass, besides parameters; shared once."""
     model, kept = GPT(config), {}
     if recomputed:
         for block in model.h:
@@ -54,18 +58,14 @@ def kept_by_autograd(config, B: int, dtype, recomputed: bool) -> int:
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def keep(tensor):
-        if (memory := tensor.untyped_storage()).data_ptr() not in own:
-            kept[memory.data_ptr()] = (
-                memory.nbytes(),
-                tensor,
-            )  # the tensor itself, too, or its place would be given to another
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in own:  # the tensor is kept, so that no other gets its address
+            kept[memory.data_ptr()] = (memory.nbytes(), tensor)
         return tensor
 
     ids = torch.randint(config.vocab_size, (B, config.block_size))
-    with (
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
-    ):
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         model(ids, ids)
     return sum(n for n, _ in kept.values())
 
@@ -74,35 +74,24 @@ def kept_by_autograd(config, B: int, dtype, recomputed: bool) -> int:
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize(("dtype", "T"), [("fp32", 40), ("bf16", 40), ("bf16", 520)])
 def test_activations_are_what_autograd_keeps(dtype, T, dropout, recomputed):
-    torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    config = GPTConfig(
-        vocab_size=512, block_size=T, n_layer=3, n_head=4, n_embd=64, dropout=dropout
-    )
-    products = attends_in_products(torch.device("cpu"), torch_dtype, T, dropout)
-    planned = activation_bytes(
-        config,
-        Setting(3, dtype=dtype, activation_checkpointing=recomputed, attends_in_products=products),
-    )
-    if recomputed:  # the plan adds the block that is being recomputed, which is not there at the end of the forward pass
-        one, two = (
-            activation_bytes(
-                replace(config, n_layer=n), Setting(3, dtype=dtype, attends_in_products=products)
-            )
-            for n in (1, 2)
-        )
-        planned -= two - one
+    shape = {"vocab_size": 512, "block_size": T, "n_layer": 3, "n_head": 4, "n_embd": 64}
+    config = GPTConfig(**shape, dropout=dropout)
+    products = attends_in_products(torch.device("cpu"), DTYPES[dtype], T, dropout)
+    setting = Setting(3, dtype=dtype, attends_in_products=products)
+    planned = activation_bytes(config, replace(setting, activation_checkpointing=recomputed))
+    if recomputed:  # the plan includes one block that is recomputed, after the forward pass
+        two = activation_bytes(replace(config, n_layer=2), setting)
+        planned -= two - activation_bytes(replace(config, n_layer=1), setting)
     head = 4 * config.vocab_size * config.n_embd
-    assert planned + head == pytest.approx(
-        kept_by_autograd(config, 3, torch_dtype, recomputed), rel=0.01
-    )
+    kept = kept_by_autograd(config, 3, DTYPES[dtype], recomputed)
+    assert planned + head == pytest.approx(kept, rel=0.01)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon", "galore"])
 def test_the_optimizer_of_a_plan_is_that_of_the_model(kind):
     config = GPTConfig(vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=32)
-    assert memory_of(config, Setting(2, optimizer=kind), galore_rank=8)[
-        "optimizer"
-    ] == predicted_state_bytes(GPT(config), (Block,), kind, 8)
+    planned = memory_of(config, Setting(2, optimizer=kind), galore_rank=8)
+    assert planned["optimizer"] == predicted_state_bytes(GPT(config), (Block,), kind, 8)
 
 
 def test_sizes_have_growing_plans_and_more_rows_never_need_less():
@@ -111,41 +100,28 @@ def test_sizes_have_growing_plans_and_more_rows_never_need_less():
     config = GPTConfig.of_size("124M")
     by_rows = [memory_of(config, Setting(B, device="cuda"))["peak"] for B in (1, 2, 3, 8, 64)]
     assert by_rows == sorted(by_rows) and by_rows[0] > 16 * count_parameters(config)
-    sliced = memory_of(config, Setting(8, device="cuda", parallel="fsdp", world=8))
-    assert sliced["optimizer"] == 8 * count_parameters(config) // 8
-    offloaded = memory_of(
-        config, Setting(8, device="cuda", parallel="fsdp", world=8, cpu_offload=True)
-    )
-    assert sliced["peak"] - offloaded["peak"] == 12 * count_parameters(config) // 8
+    setting = Setting(8, device="cuda", parallel="fsdp", world=8)
+    sharded = memory_of(config, setting)
+    assert sharded["optimizer"] == 8 * count_parameters(config) // 8
+    offloaded = memory_of(config, replace(setting, cpu_offload=True))
+    assert sharded["peak"] - offloaded["peak"] == 12 * count_parameters(config) // 8
 
 
 def test_gradients_of_earlier_micro_batches_are_whole_also_under_fsdp():
     config, whole = GPTConfig.of_size("1558M"), 4 * count_parameters(GPTConfig.of_size("1558M"))
 
-    def peak(parallel, world, accum):
-        setting = Setting(
-            4,
-            accum,
-            dtype="bf16",
-            device="cuda",
-            parallel=parallel,
-            world=world,
-            activation_checkpointing=True,
-        )
-        return memory_of(config, setting)
+    def planned(parallel, world, accum):
+        setting = Setting(4, accum, dtype="bf16", device="cuda", activation_checkpointing=True)
+        return memory_of(config, replace(setting, parallel=parallel, world=world))
 
-    sliced = [peak("fsdp", 8, accum) for accum in (1, 4)]
-    assert sliced[1]["peak"] - sliced[0]["peak"] == whole == sliced[1]["gradients"], (
-        "set_requires_gradient_sync(False) keeps them"
-    )
-    assert sliced[0]["gradients"] == whole // 8
-    # under ddp the gradients lie in the buckets that are exchanged, unless they are of several micro-batches
-    alone, one, four = (
-        peak("none", 1, 4)["peak"],
-        peak("ddp", 8, 1)["peak"],
-        peak("ddp", 8, 4)["peak"],
-    )
-    assert one == alone and four == alone + whole
+    one, four = (planned("fsdp", 8, accum) for accum in (1, 4))
+    # set_requires_gradient_sync(False) keeps them
+    assert four["peak"] - one["peak"] == whole == four["gradients"]
+    assert one["gradients"] == whole // 8
+    # the gradients of ddp are in the buckets that are exchanged, but not those of several batches
+    alone = planned("none", 1, 4)["peak"]
+    assert planned("ddp", 8, 1)["peak"] == alone
+    assert planned("ddp", 8, 4)["peak"] == alone + whole
 
 
 def test_the_logits_of_fp16_take_12_bytes_each_in_the_backward_pass():
@@ -159,43 +135,27 @@ def test_ways_out_fit_and_are_the_same_step():
     ways = ways_to_fit(s, 4e9, lambda other: memory_of(config, other)["peak"])
     assert ways
     for way in ways:
-        B, accum = (
-            int(re.search(rf"--{name} (\d+)", way)[1])
-            for name in ("batch_size", "grad_accum_steps")
-        )
-        more = {"activation_checkpointing": "--activation_checkpointing" in way}
-        more |= {"optimizer": m[1]} if (m := re.search(r"--optimizer (\w+)", way)) else {}
-        assert (
-            B * accum == 32
-            and memory_of(config, Setting(B, accum, dtype="bf16", device="cuda", **more))["peak"]
-            <= 4e9
-        )
+        B = int(re.search(r"--batch_size (\d+)", way)[1])
+        accum = int(re.search(r"--grad_accum_steps (\d+)", way)[1])
+        assert B * accum == 32
+        changes = {"activation_checkpointing": "--activation_checkpointing" in way}
+        if optimizer := re.search(r"--optimizer (\w+)", way):
+            changes["optimizer"] = optimizer[1]
+        changed = replace(s, batch_size=B, grad_accum_steps=accum, **changes)
+        assert memory_of(config, changed)["peak"] <= 4e9
     assert ways_to_fit(s, 1e9, lambda other: memory_of(config, other)["peak"]) == []
 
 
 def test_figures_for_people():
-    assert [format_bytes(n) for n in (0, 999, 1000, 12_345_678, 999_600_000, 1.493e9, 123e9)] == [
-        "0 bytes",
-        "999 bytes",
-        "1 kB",
-        "12.3 MB",
-        "1 GB",
-        "1.49 GB",
-        "123 GB",
-    ]
-    assert [format_duration(s) for s in (0.123, 45, 200, 7500, 273_600)] == [
-        "0.12 s",
-        "45 s",
-        "3 min 20 s",
-        "2 h 5 min",
-        "3 days 4 h",
-    ]
+    sizes = [format_bytes(n) for n in (0, 999, 1000, 12_345_678, 999_600_000, 1.493e9, 123e9)]
+    assert sizes == ["0 bytes", "999 bytes", "1 kB", "12.3 MB", "1 GB", "1.49 GB", "123 GB"]
+    durations = [format_duration(s) for s in (0.123, 45, 200, 7500, 273_600)]
+    assert durations == ["0.12 s", "45 s", "3 min 20 s", "2 h 5 min", "3 days 4 h"]
     assert format_duration(90_000) == "1 day 1 h" and format_duration(59.7) == "1 min 0 s"
     calls = []
     assert 0 <= seconds_of(lambda: calls.append(1)) < 1 and len(calls) == 4
-    assert seconds_of(lambda: calls.append(1), lambda seconds: 7.0) == 7 and len(calls) == 6, (
-        "two of seven seconds are enough"
-    )
+    # two of seven seconds are enough
+    assert seconds_of(lambda: calls.append(1), lambda seconds: 7.0) == 7 and len(calls) == 6
 
 
 def test_memory_and_files_of_a_run_are_those_planned(request):
@@ -204,145 +164,80 @@ def test_memory_and_files_of_a_run_are_those_planned(request):
     only = [] if request.config.getoption("--nightly") else ["--only", "tiny"]
     environment = {**os.environ, "TIKTOKEN_CACHE_DIR": str(GPT2_CACHE)}
     command = [sys.executable, "benchmarks/memory.py", *only]
-    out = subprocess.run(
-        command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment
-    ).stdout
+    options = {"capture_output": True, "text": True, "check": True}
+    out = subprocess.run(command, cwd=ROOT, env=environment, **options).stdout
     found = re.findall(r"ratio ([\d.]+); checkpoint: .* ratio ([\d.]+)", out)
     assert len(found) == (1 if only else 6), out
     for memory, files in found:
-        assert float(memory) == pytest.approx(1, abs=0.15) and float(files) == pytest.approx(
-            1, abs=0.02
-        ), out
+        assert float(memory) == pytest.approx(1, abs=0.15), out
+        assert float(files) == pytest.approx(1, abs=0.02), out
 
 
-def test_a_plan_starts_and_writes_nothing_and_counts_what_is_left(
+def test_a_plan_starts_and_writes_nothing_and_counts_the_steps_to_go(
     texts, tmp_path_factory, tmp_path
 ):
     text = tmp_path_factory.mktemp("documents") / "all.txt"
-    text.write_text(
-        "\n<|endoftext|>\n".join(
-            (texts / "text_0.txt").read_text(encoding="utf-8").split("\n\n")[:60]
-        ),
-        encoding="utf-8",
-    )
+    documents = (texts / "text_0.txt").read_text(encoding="utf-8").split("\n\n")[:60]
+    text.write_text("\n<|endoftext|>\n".join(documents), encoding="utf-8")
     flags = (*TINY, "--dataset_name", text, "--val_share", "0.2", "--max_steps", "6", "--plan")
     result = run("pretraining_advanced.py", *flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert list(tmp_path.iterdir()) == []
     config = GPTConfig.of_size("nano", vocab_size=257, block_size=16)
-    assert (
-        f"parameters: {count_parameters(config):,} (" in result.stdout
-        and "fits the" in result.stdout
-    )
-    assert "to go: 6 of 6 steps, 384 tokens" in result.stdout and re.search(
-        r"time: .* a step \(measured\)", result.stdout
-    ), result.stdout
-    assert (
-        run(
-            "pretraining_advanced.py",
-            *flags[:-1],
-            "--save_ckpt_freq",
-            "4",
-            "--max_minutes",
-            "1e-9",
-            cwd=tmp_path,
-        ).returncode
-        == 75
-    )
+    assert f"parameters: {count_parameters(config):,} (" in result.stdout
+    assert "fits the" in result.stdout
+    assert "to go: 6 of 6 steps, 384 tokens" in result.stdout
+    assert re.search(r"time: .* a step \(measured\)", result.stdout), result.stdout
+    stopping = (*flags[:-1], "--save_ckpt_freq", "4", "--max_minutes", "1e-9")
+    assert run("pretraining_advanced.py", *stopping, cwd=tmp_path).returncode == 75
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     planned = run("pretraining_advanced.py", *flags, cwd=tmp_path).stdout
     assert "to go: 5 of 6 steps" in planned and "rows in an epoch" in planned, planned
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
-    planned_bytes = re.search(r"disk: (\S+ \S+) a checkpoint", planned)[1]
-    real = sum(
-        p.stat().st_size for p in next((tmp_path / "runs/advanced/checkpoints").iterdir()).iterdir()
-    )
-    assert float(planned_bytes.split()[0]) * {"kB": 1e3, "MB": 1e6}[
-        planned_bytes.split()[1]
-    ] == pytest.approx(real, rel=0.03)
+    number, unit = re.search(r"disk: (\S+) (\S+) a checkpoint", planned).groups()
+    checkpoint = next((tmp_path / "runs/advanced/checkpoints").iterdir())
+    n_bytes = sum(p.stat().st_size for p in checkpoint.iterdir())
+    assert float(number) * {"kB": 1e3, "MB": 1e6}[unit] == pytest.approx(n_bytes, rel=0.03)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_have_one_plan(kind, texts, tmp_path):
-    flags = (
-        *TINY,
-        "--dataset_name",
-        texts,
-        "--max_steps",
-        "6",
-        "--grad_accum_steps",
-        "3",
-        "--parallel",
-        kind,
-        "--plan",
-    )
+    flags = (*TINY, "--dataset_name", texts, "--max_steps", "6", "--grad_accum_steps", "3")
+    flags += ("--parallel", kind, "--plan")
     first, second = ranks("pretraining_advanced.py", *flags, world=2, cwd=tmp_path).wait(120)
-    assert (first.returncode, second.returncode, second.stdout) == (0, 0, ""), (
-        first.stderr + second.stderr
-    )
-    assert (
-        "step: 24 x 16 tokens, 3 micro-batches of 4 rows" in first.stdout
-        and "exchange" in first.stdout
-        and "time: " in first.stdout
-    )
+    errors = first.stderr + second.stderr
+    assert (first.returncode, second.returncode, second.stdout) == (0, 0, ""), errors
+    for line in ("step: 24 x 16 tokens, 3 micro-batches of 4 rows", "exchange", "time: "):
+        assert line in first.stdout
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_simple_trainer_plans_too_and_reads_no_text(tmp_path):
-    result = run(
-        "pretraining_simple.py",
-        "--plan",
-        "--model_size",
-        "nano",
-        "--data_dir",
-        "nowhere",
-        cwd=tmp_path,
-    )
-    assert (
-        result.returncode == 0 and "time: " in result.stdout and "1,400 steps in" in result.stdout
-    ), result.stderr
+    flags = ("--plan", "--model_size", "nano", "--data_dir", "nowhere")
+    result = run("pretraining_simple.py", *flags, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "time: " in result.stdout and "1,400 steps in" in result.stdout
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_gpu_without_bf16_is_planned_for_from_a_laptop(tmp_path):
-    flags = (
-        "--model_size",
-        "124M",
-        "--batch_size",
-        "8",
-        "--tokenizer",
-        "gpt2",
-        "--plan_memory_gb",
-        "16",
-        "--dtype",
-        "fp16",
-    )
+    flags = ("--model_size", "124M", "--batch_size", "8", "--tokenizer", "gpt2")
+    flags += ("--plan_memory_gb", "16", "--dtype", "fp16")
     result = run("pretraining_advanced.py", *flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert (
-        "fp16: planned for another GPU" in result.stdout and ", fits the 16 GB" in result.stdout
-    ), result.stdout
+    assert "fp16: planned for another GPU" in result.stdout, result.stdout
+    assert ", fits the 16 GB" in result.stdout, result.stdout
     assert "logits 4.94 GB" in result.stdout, "12 bytes each"
 
 
 def test_another_device_is_planned_for_with_what_would_fit(tmp_path):
-    flags = (
-        "--model_size",
-        "124M",
-        "--batch_size",
-        "64",
-        "--dtype",
-        "bf16",
-        "--tokenizer",
-        "gpt2",
-        "--plan_memory_gb",
-    )
+    flags = ("--model_size", "124M", "--batch_size", "64", "--dtype", "bf16")
+    flags += ("--tokenizer", "gpt2", "--plan_memory_gb")
     out = run("pretraining_advanced.py", *flags, "8", cwd=tmp_path).stdout
     assert "does NOT fit the 8 GB of --plan_memory_gb" in out and "time: not measured" in out, out
     way = re.search(r"what would fit, with pretraining_advanced.py: (.*?);", out)[1].split()
     again = run("pretraining_advanced.py", *flags, "8", *way, cwd=tmp_path)
     assert ", fits the 8 GB" in again.stdout, again.stdout
-    assert "--plan_memory_gb: -1.0 is out of range" in one_error_line(
-        run("pretraining_advanced.py", *flags, "-1", cwd=tmp_path), 2
-    )
+    refused = run("pretraining_advanced.py", *flags, "-1", cwd=tmp_path)
+    assert "--plan_memory_gb: -1.0 is out of range" in one_error_line(refused, 2)
     assert list(tmp_path.iterdir()) == [] and np.isfinite(float(way[1]))

@@ -172,7 +172,7 @@ ITEM = {
 LONG_ENDINGS = json.dumps(ITEM | {"endings": ["x" * 100] * 4})
 QUESTIONS = [
     ("", "holds no items"),
-    ("not json\n", "line 1 is no item of HellaSwag (not JSON)"),
+    ("not json\n", "line 1 is not a HellaSwag item (not JSON)"),
     ("[" * 100_000, "(not JSON)"),
     ("{}\n", "it has to have activity_label"),
     (json.dumps(ITEM) + "\n" + json.dumps(ITEM)[:-9], "line 2 is no item"),

@@ -1,4 +1,4 @@
-"""A text's loss and HellaSwag's numbers equal the plainest way to compute them, whatever the stride and the batch."""
+"""Loss of a text and HellaSwag's figures equal the plainest computation, for any stride and batch."""
 
 import json
 import math
@@ -29,20 +29,10 @@ BYTES = byte_tokenizer()
 
 
 def small_model(seed=0, **changes) -> GPT:
-    """A random GPT that is sure of itself: one of the usual small weights finds all tokens alike, right or wrong."""
+    """A random GPT with large weights; with the usual small ones all tokens are equally likely."""
     torch.manual_seed(seed)
-    model = GPT(
-        GPTConfig(
-            **{
-                "vocab_size": 257,
-                "block_size": 32,
-                "n_layer": 2,
-                "n_head": 2,
-                "n_embd": 32,
-                **changes,
-            }
-        )
-    ).eval()
+    shape = {"vocab_size": 257, "block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 32}
+    model = GPT(GPTConfig(**{**shape, **changes})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
@@ -80,9 +70,8 @@ def test_a_text_with_nothing_to_predict_is_an_error_in_plain_words(n):
 
 @pytest.mark.parametrize("stride", [-1, 0, 9])
 def test_a_stride_that_leaves_tokens_out_is_refused(stride):
-    with pytest.raises(
-        ValueError, match=f"--stride: {stride} is not between 1 and the context length, 8"
-    ):
+    message = f"--stride: {stride} is not between 1 and the context length, 8"
+    with pytest.raises(ValueError, match=message):
         windows(100, 8, stride)
     with pytest.raises(ValueError, match="--batch_size: 0"):
         score_tokens(small_model(), np.zeros(9, dtype=np.uint16), 8, 8, 0, CPU)
@@ -93,7 +82,7 @@ def test_a_stride_that_leaves_tokens_out_is_refused(stride):
 
 @torch.no_grad()
 def plain_loss(model, ids, block_size, stride) -> float:
-    """Each token by itself, in float64: the window that has room for `stride` new tokens, moved on when they are used up."""
+    """Each token by itself, in float64; the window moves by `stride` tokens when it is full."""
     start, total = 0, 0.0
     for t in range(1, len(ids)):
         if t > start + block_size:
@@ -116,14 +105,12 @@ def test_the_loss_is_that_of_each_token_by_itself_in_float64(n, stride):
 
 
 def test_bits_per_byte_and_loss_are_those_of_evaluate_model():
-    model, ids = (
-        small_model(),
-        BYTES.encode_documents(["a wind \u0434\u0443\u043b", "from the sea " * 20]),
-    )
-    pairs = [
-        (torch.tensor([ids[s:e].tolist()]), torch.tensor([ids[s + 1 : e + 1].tolist()]))
-        for s, e, _ in windows(len(ids), 32, 32)
-    ]
+    model = small_model()
+    ids = BYTES.encode_documents(["a wind \u0434\u0443\u043b", "from the sea " * 20])
+    pairs = []
+    for start, end, _ in windows(len(ids), 32, 32):
+        inputs, targets = ids[start:end].tolist(), ids[start + 1 : end + 1].tolist()
+        pairs.append((torch.tensor([inputs]), torch.tensor([targets])))
     expected = evaluate_model(model, pairs, CPU, BYTES.token_bytes())
     result = score_tokens(model, ids, 32, 32, 4, CPU, BYTES.token_bytes())
     assert result == pytest.approx(expected, rel=1e-6) and set(result) == set(expected)
@@ -163,7 +150,8 @@ def test_a_diverged_model_has_no_score():
 def raw_item(n: int) -> dict:
     """An item as in hellaswag_val.jsonl: of ActivityNet or, with marks in brackets, of WikiHow."""
     rng = random.Random(n)
-    words = "man dog ladder snow slowly then takes a the of wax board climbs sits down again and smiles \u00e9t\u00e9".split()
+    words = "man dog ladder snow slowly then takes a the of wax board climbs sits down again and "
+    words = (words + "smiles \u00e9t\u00e9").split()
 
     def sentence(longest):
         return " ".join(rng.choices(words, k=rng.randint(1, longest)))
@@ -171,29 +159,18 @@ def raw_item(n: int) -> dict:
     ctx_a, ctx_b = sentence(30).capitalize() + ".", "" if n % 3 == 0 else f"the {sentence(2)}"
     endings = [sentence(12) + "." for _ in range(4)]
     if n % 2:
-        ctx_a = (
-            f"[header] How to {ctx_a} [title] {sentence(4)}. [step]"
-            if n % 3 == 0
-            else f"[header] How to {ctx_a}  [title] {sentence(4)}."
-        )
+        if n % 3 == 0:
+            ctx_a = f"[header] How to {ctx_a} [title] {sentence(4)}. [step]"
+        else:
+            ctx_a = f"[header] How to {ctx_a}  [title] {sentence(4)}."
         endings = [
             f"{e} [substeps] {sentence(3)}." if i % 2 else f"[step] {e}"
             for i, e in enumerate(endings)
         ]
-    facts = {
-        "ind": n,
-        "activity_label": "Roof shingle removal",
-        "ctx_a": ctx_a,
-        "ctx_b": ctx_b,
-        "ctx": f"{ctx_a} {ctx_b}".strip(),
-    }
-    source = {
-        "split": "val",
-        "split_type": "indomain",
-        "endings": endings,
-        "source_id": f"activitynet~v_{n}",
-    }
-    return facts | source | {"label": n % 4 if n % 5 else str(n % 4)}
+    item = {"ind": n, "activity_label": "Roof shingle removal", "ctx_a": ctx_a, "ctx_b": ctx_b}
+    item |= {"ctx": f"{ctx_a} {ctx_b}".strip(), "split": "val", "split_type": "indomain"}
+    item |= {"endings": endings, "source_id": f"activitynet~v_{n}"}
+    return item | {"label": n % 4 if n % 5 else str(n % 4)}
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +181,7 @@ def hellaswag(tmp_path_factory):
 
 
 def plain_preprocess(text: str) -> str:
-    """lm-evaluation-harness 0.4.13, lm_eval/tasks/hellaswag/utils.py, told again."""
+    """As lm-evaluation-harness 0.4.13 does in lm_eval/tasks/hellaswag/utils.py."""
     text = text.strip()
     text = text.replace(" [title]", ". ")
     text = re.sub("\\[.*?\\]", "", text)
@@ -217,21 +194,17 @@ def plain_hellaswag(model, path, block_size) -> tuple[float, float]:
     right, right_norm, lines = 0, 0, path.read_text(encoding="utf-8").splitlines()
     for line in lines:
         raw = json.loads(line)
-        ctx = plain_preprocess(
-            raw["activity_label"] + ": " + raw["ctx_a"] + " " + raw["ctx_b"].capitalize()
-        )
+        ctx = raw["activity_label"] + ": " + raw["ctx_a"] + " " + raw["ctx_b"].capitalize()
+        ctx = plain_preprocess(ctx)
         sums, norms = [], []
         for ending in raw["endings"]:
             ending = plain_preprocess(ending)
-            question, whole = (
-                BYTES.encode(ctx.rstrip()).tolist(),
-                BYTES.encode(ctx + " " + ending).tolist(),
-            )
+            question = BYTES.encode(ctx.rstrip()).tolist()
+            whole = BYTES.encode(ctx + " " + ending).tolist()
             kept, n_scored = whole[-block_size - 1 :], len(whole) - len(question)
             log_p = model(torch.tensor([kept[:-1]]))[0].log_softmax(dim=1)  # (T, V)
-            total = sum(
-                log_p[t - 1, kept[t]].item() for t in range(len(kept) - n_scored, len(kept))
-            )
+            places = range(len(kept) - n_scored, len(kept))
+            total = sum(log_p[t - 1, kept[t]].item() for t in places)
             sums.append(total)
             norms.append(total / len(ending))
         right += int(np.argmax(sums)) == int(raw["label"])
@@ -240,18 +213,11 @@ def plain_hellaswag(model, path, block_size) -> tuple[float, float]:
 
 
 def test_an_item_is_cleaned_as_the_harness_does(tmp_path):
-    item = raw_item(1) | {
-        "ctx_a": "[header] How to wax [title] Take  it. [step]",
-        "ctx_b": "",
-        "endings": ["[step] x.", "y  z", "a", "b"],
-        "label": "2",
-    }
+    item = raw_item(1) | {"ctx_a": "[header] How to wax [title] Take  it. [step]", "ctx_b": ""}
+    item |= {"endings": ["[step] x.", "y  z", "a", "b"], "label": "2"}
     (tmp_path / "one.jsonl").write_text(json.dumps(item), encoding="utf-8")
-    expected = {
-        "ctx": "Roof shingle removal: How to wax. Take it. ",
-        "endings": [" x.", "y z", "a", "b"],
-        "label": 2,
-    }
+    expected = {"ctx": "Roof shingle removal: How to wax. Take it. "}
+    expected |= {"endings": [" x.", "y z", "a", "b"], "label": 2}
     assert read_hellaswag(tmp_path / "one.jsonl") == [expected]
 
 
@@ -261,37 +227,28 @@ def test_hellaswag_equals_one_ending_at_a_time_in_float64_in_any_batch(hellaswag
         item | {"ctx": item["ctx"][:60], "endings": [e[:40] for e in item["endings"]]}
         for item in items
     ]
-    for seed, block_size, some in (
-        (0, 320, items),
-        (1, 64, short),
-    ):  # with all the question, and with some of it cut off
+    # with the whole question, and with some of it cut off
+    for seed, block_size, some in ((0, 320, items), (1, 64, short)):
         model = small_model(seed, block_size=block_size)
         if some is short:
             hellaswag = hellaswag.with_name("short.jsonl")
-            rows = [
-                {
-                    "activity_label": i["ctx"].split(": ")[0],
-                    "ctx_a": i["ctx"].split(": ")[1],
-                    "ctx_b": "",
-                    **i,
-                }
-                for i in short
-            ]
+            rows = []
+            for item in short:
+                label, ctx_a = item["ctx"].split(": ")[:2]
+                rows.append({"activity_label": label, "ctx_a": ctx_a, "ctx_b": "", **item})
             hellaswag.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
             some = read_hellaswag(hellaswag)
         expected = plain_hellaswag(model.double(), hellaswag, block_size)
         model.float()
         for batch_size in (1, 3, 8):
-            result = score_hellaswag(
-                model, some, BYTES.encode, BYTES.eot, block_size, batch_size, CPU
-            )
-            assert (result["accuracy"], result["accuracy_norm"]) == expected and result[
-                "items"
-            ] == 100
+            sizes = (block_size, batch_size)
+            result = score_hellaswag(model, some, BYTES.encode, BYTES.eot, *sizes, CPU)
+            assert (result["accuracy"], result["accuracy_norm"]) == expected
+            assert result["items"] == 100
 
 
 def test_a_model_that_knows_the_answers_has_them_all_right():
-    """Logits that favour the letter r: of every item the ending written in it is chosen, per character too."""
+    """With logits that favour the letter r, the ending written in it is chosen of every item."""
 
     def knows(ids):
         return torch.nn.functional.one_hot(torch.full_like(ids, ord("r")), 257) * 9.0
@@ -303,18 +260,16 @@ def test_a_model_that_knows_the_answers_has_them_all_right():
     seen = []
     result = score_hellaswag(knows, items, BYTES.encode, BYTES.eot, 32, 5, CPU, seen.append)
     assert result == {"accuracy": 1.0, "accuracy_norm": 1.0, "items": 8} and sum(seen) == 32
-    per_character = [
-        {"ctx": "", "endings": ["x", "xrrrrr"], "label": 1}
-    ]  # 2 letters wrong against 2 of 7: longer, yet likelier per character
+    # the second ending is longer, yet likelier per character
+    per_character = [{"ctx": "", "endings": ["x", "xrrrrr"], "label": 1}]
     result = score_hellaswag(knows, per_character, BYTES.encode, BYTES.eot, 32, 5, CPU)
     assert result["accuracy"] == 0.0 and result["accuracy_norm"] == 1.0
 
 
 def test_an_ending_longer_than_the_context_is_an_error(hellaswag):
+    items = read_hellaswag(hellaswag)
     with pytest.raises(ValueError, match=r"longest ending has \d+ tokens, this model reads 8"):
-        score_hellaswag(
-            small_model(), read_hellaswag(hellaswag), BYTES.encode, BYTES.eot, 8, 4, CPU
-        )
+        score_hellaswag(small_model(), items, BYTES.encode, BYTES.eot, 8, 4, CPU)
 
 
 GOOD = json.dumps(raw_item(0))
@@ -337,11 +292,10 @@ BAD = {
 
 
 @pytest.mark.parametrize("line", BAD.values(), ids=BAD.keys())
-def test_a_line_that_is_no_item_is_named(line, tmp_path):
-    (tmp_path / "bad.jsonl").write_bytes(
-        f"{GOOD}\n{line}\n{GOOD}\n".encode("utf-8", "surrogateescape")
-    )
-    with pytest.raises(ValueError, match=r"bad\.jsonl: line 2 is no item of HellaSwag") as error:
+def test_a_line_that_is_not_an_item_is_named(line, tmp_path):
+    text = f"{GOOD}\n{line}\n{GOOD}\n"
+    (tmp_path / "bad.jsonl").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=r"bad\.jsonl: line 2 is not a HellaSwag item") as error:
         read_hellaswag(tmp_path / "bad.jsonl")
     assert "\n" not in str(error.value)
 
@@ -361,9 +315,8 @@ def test_hellaswag_is_fetched_once(hellaswag, tmp_path):
     body, path = hellaswag.read_bytes(), tmp_path / "data/hellaswag_val.jsonl"
     with book_server(lambda _: (200, len(body), body)) as (url, asked, _):
         assert fetch_hellaswag(path, url) == fetch_hellaswag(path, url) == path
-        assert (
-            len(asked) == 1 and path.read_bytes() == body and len(list(path.parent.iterdir())) == 1
-        )
+        assert len(asked) == 1 and path.read_bytes() == body
+        assert len(list(path.parent.iterdir())) == 1
 
 
 def test_what_is_not_hellaswag_or_not_whole_leaves_nothing_behind(hellaswag, tmp_path, monkeypatch):
@@ -378,30 +331,23 @@ def test_what_is_not_hellaswag_or_not_whole_leaves_nothing_behind(hellaswag, tmp
         ((200, 0, b""), "holds no items"),
         ((200, None, [b" "] * 20), "not complete after 1 s"),
     ]:
-        failing = pytest.raises(
-            OSError, match=f"{why}.*; put HellaSwag's hellaswag_val.jsonl there"
-        )
+        message = f"{why}.*; put HellaSwag's hellaswag_val.jsonl there"
+        failing = pytest.raises(OSError, match=message)
         with book_server(lambda _, answer=answer: answer) as (url, _, _), failing as error:
             fetch_hellaswag(path, url, timeout_s=0.5, whole_s=1.0)
-        assert (
-            str(path) in str(error.value)
-            and "\n" not in str(error.value)
-            and not list(tmp_path.iterdir())
-        )
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_server_that_never_answers_costs_the_timeout(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        started = time.monotonic()
+        url, started = f"http://127.0.0.1:{silent.getsockname()[1]}", time.monotonic()
         with pytest.raises(OSError, match="no answer within|timed out"):
-            fetch_hellaswag(
-                tmp_path / "x.jsonl", f"http://127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.3
-            )
+            fetch_hellaswag(tmp_path / "x.jsonl", url, timeout_s=0.3)
         assert time.monotonic() - started < 2
 
 
-def test_a_file_that_is_there_is_never_fetched(tmp_path):
-    (tmp_path / "mine.jsonl").touch()
-    assert (
-        fetch_hellaswag(tmp_path / "mine.jsonl", "http://127.0.0.1:9/") == tmp_path / "mine.jsonl"
-    )
+def test_a_file_that_exists_is_never_fetched(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.touch()
+    assert fetch_hellaswag(path, "http://127.0.0.1:9/") == path
