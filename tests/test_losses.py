@@ -1,5 +1,6 @@
-"""The loss in blocks is plain cross-entropy: loss and gradients, whatever the blocks, also in bf16 and with targets left out."""
+"""The loss in blocks is plain cross-entropy: its value and gradients, for all blocks and dtypes."""
 
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -14,82 +15,121 @@ from parts.model.losses import cross_entropy_of_head
 from parts.training.optim import Optimizer
 
 
-def inputs(N=37, C=24, V=301, ignored=5):
+def inputs(N=37, C=24, V=301, ignored=5, biased=False):
+    """hidden (N, C), weight (V, C), targets (N,) and, if biased, bias (V,)."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(N, C, generator=generator).requires_grad_()
     weight = torch.randn(V, C, generator=generator).requires_grad_()
     targets = torch.randint(V, (N,), generator=generator)
     targets[torch.randperm(N, generator=generator)[:ignored]] = -100
-    return hidden, weight, targets
+    bias = [torch.randn(V, generator=generator).requires_grad_()] if biased else []
+    return hidden, weight, targets, *bias
 
 
-def plain(hidden, weight, targets):
-    return F.cross_entropy(
-        F.linear(hidden, weight).float(), targets, ignore_index=-100, reduction="sum"
-    )
+def plain(hidden, weight, targets, bias=None):
+    logits = F.linear(hidden, weight, bias).float()
+    return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
 
 
 def loss_and_gradients(function, dtype=torch.float32, **shape):
-    hidden, weight, targets = inputs(**shape)
+    """The loss and its gradients by hidden, weight and, if biased, bias."""
+    hidden, weight, targets, *bias = inputs(**shape)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        loss = function(hidden, weight, targets)
+        loss = function(hidden, weight, targets, *bias)
     (loss * 0.37).backward()
-    return loss.detach(), hidden.grad, weight.grad
+    return loss.detach(), hidden.grad, weight.grad, *(b.grad for b in bias)
 
 
 def relative(a, b) -> float:
     return float(((a - b).norm() / b.norm()).detach())
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(
     ("held", "in_cache", "tile"), [(2**25, 2**22, 4096), (301 * 10, 301 * 3, 64), (1, 1, 1000)]
 )
-def test_loss_and_gradients_are_those_of_the_whole_logits(monkeypatch, held, in_cache, tile):
+def test_loss_and_gradients_equal_those_of_the_whole_logits(
+    monkeypatch, held, in_cache, tile, biased
+):
     for name, value in (("HELD", held), ("IN_CACHE", in_cache), ("TILE", tile)):
         monkeypatch.setattr(losses, name, value)
-    for a, b in zip(
-        loss_and_gradients(cross_entropy_of_head), loss_and_gradients(plain), strict=True
-    ):
+    ours = loss_and_gradients(cross_entropy_of_head, biased=biased)
+    theirs = loss_and_gradients(plain, biased=biased)
+    assert len(ours) == 3 + biased
+    for a, b in zip(ours, theirs, strict=True):
         assert relative(a, b) < 1e-6
 
 
-def test_so_it_is_with_gpt2s_vocabulary():
-    shape = {"N": 200, "V": 50257, "C": 16}
-    for a, b in zip(
-        loss_and_gradients(cross_entropy_of_head, **shape),
-        loss_and_gradients(plain, **shape),
-        strict=True,
-    ):
+def test_with_the_vocabulary_of_gpt2_too():
+    shape = {"N": 200, "V": 50257, "C": 16, "biased": True}
+    ours, theirs = (loss_and_gradients(f, **shape) for f in (cross_entropy_of_head, plain))
+    for a, b in zip(ours, theirs, strict=True):
         assert relative(a, b) < 1e-6
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_under_autocast_the_loss_is_that_of_the_same_logits(dtype):
-    ours, theirs = (
-        loss_and_gradients(cross_entropy_of_head, dtype),
-        loss_and_gradients(plain, dtype),
-    )
+def test_under_autocast_the_loss_is_that_of_the_same_logits(dtype, biased):
+    options = {"dtype": dtype, "biased": biased}
+    ours, theirs = (loss_and_gradients(f, **options) for f in (cross_entropy_of_head, plain))
     assert relative(ours[0], theirs[0]) < 1e-6  # the softmax is in fp32
     for a, b in zip(ours[1:], theirs[1:], strict=True):
         assert a.dtype == torch.float32 and relative(a, b) < 0.01
 
 
-def test_a_hopeless_token_has_a_finite_loss():
+def test_an_unlikely_token_has_a_finite_loss():
     hidden, weight = torch.tensor([[1000.0]]), torch.tensor([[1.0], [-1.0]])
-    assert (
-        cross_entropy_of_head(hidden, weight, torch.tensor([1])).item() == 2000.0
-    )  # its probability is zero in fp32
+    # its probability is zero in fp32
+    assert cross_entropy_of_head(hidden, weight, torch.tensor([1])).item() == 2000.0
 
 
-def test_nothing_to_predict_is_zero_and_no_nan():
-    for value in loss_and_gradients(cross_entropy_of_head, ignored=37):
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_without_a_target_loss_and_gradients_are_zero(dtype, biased):
+    for value in loss_and_gradients(cross_entropy_of_head, dtype, ignored=37, biased=biased):
         assert not value.any()
 
 
-def test_without_gradients_it_is_the_same_loss():
-    hidden, weight, targets = inputs()
-    with torch.no_grad():
-        assert cross_entropy_of_head(hidden, weight, targets) == cross_entropy_of_head(*inputs())
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_without_gradients_it_is_the_same_loss(dtype, biased):
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        expected = cross_entropy_of_head(*inputs(biased=biased))
+        with torch.no_grad():
+            loss = cross_entropy_of_head(*inputs(biased=biased))
+    assert loss == expected and not loss.requires_grad
+
+
+@pytest.mark.parametrize("wanting", [(0,), (1,), (3,), (0, 3), (1, 3), (0, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_of_hidden_weight_and_bias_may_want_a_gradient(dtype, wanting):
+    ours, theirs = [
+        [t if i in (2, *wanting) else t.detach() for i, t in enumerate(inputs(biased=True))]
+        for _ in range(2)
+    ]
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        cross_entropy_of_head(*ours).backward()
+        plain(*theirs).backward()
+    for i in (0, 1, 3):
+        if i in wanting:
+            limit = 1e-6 if dtype == torch.float32 else 0.01
+            assert relative(ours[i].grad, theirs[i].grad) < limit
+        else:
+            assert ours[i].grad is None
+
+
+def test_only_a_bias_costs_the_operations_of_a_bias():
+    kernels = []
+    for biased in (False, True):
+        tensors = inputs(biased=biased)
+        with Kernels() as counted:
+            cross_entropy_of_head(*tensors)
+        kernels.append(Counter(name.removeprefix("aten.") for name in counted.names))
+    without, with_bias = kernels
+    assert without.total() == 24  # as many as before there was a bias
+    added = {"addmm.out": 1, "zeros.default": 1, "mul_.Tensor": 1, "sum.dim_IntList": 1}
+    assert with_bias - without == added | {"add_.Tensor": 1}
+    assert without - with_bias == {"mm.out": 1}
 
 
 class Kernels(TorchDispatchMode):
@@ -112,9 +152,9 @@ def kernels_of_head(N=16 * 1024, C=768, V=50257) -> list[str]:
     """Of 124M with 16 rows of 1,024 tokens in bf16, on tensors without memory."""
     hidden, weight = torch.empty(N, C, device="meta"), torch.empty(V, C, device="meta")
     targets = torch.empty(N, dtype=torch.int64, device="meta")
-    losses._adds_in_fp32("meta", torch.bfloat16)  # asked once in a process
+    wanted = (True, True, False)
+    losses._adds_in_fp32("meta", torch.bfloat16)  # tested once in a process
     with Kernels() as kernels:
-        wanted = (True, True, False)
         losses._loss_and_gradients(hidden, weight, targets, torch.bfloat16, False, wanted)
     return kernels.names
 
@@ -141,37 +181,37 @@ def test_on_a_gpu_a_step_of_124m_takes_few_kernels(monkeypatch):
     assert len(kernels.names) > 500 and len(kernels.names) + len(kernels_of_head()) <= 1050
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("N", [1, 37, 4096 + 37])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_large_pieces_of_a_gpu_give_the_same_loss_and_gradients(monkeypatch, dtype, N):
+def test_the_large_pieces_of_a_gpu_give_the_same_loss_and_gradients(monkeypatch, dtype, N, biased):
     monkeypatch.setattr(losses, "HELD_ON_GPU", 301 * 1024)
-    hidden, weight, targets = inputs(N=N, ignored=N // 7)
+    hidden, weight, targets, *bias = inputs(N=N, ignored=N // 7, biased=biased)
     with torch.no_grad():
-        options = (None, dtype, False, True, True, False)
-        loss, (d_hidden, d_weight, _) = losses._loss_and_gradients(
-            hidden, weight, targets, *options
-        )
-    ours = (loss, d_hidden, d_weight)
-    loss = plain(hidden, weight, targets)
-    for a, b in zip(ours, (loss, *torch.autograd.grad(loss, (hidden, weight))), strict=True):
-        assert a.dtype == torch.float32 and relative(a, b) < (
-            1e-6 if dtype == torch.float32 else 0.01
-        )
+        options = (dtype, False, (True, True, biased), *bias)
+        ours = losses._loss_and_gradients(hidden, weight, targets, *options)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        loss = plain(hidden, weight, targets, *bias)
+    theirs = (loss, *torch.autograd.grad(loss, (hidden, weight, *bias)))
+    for a, b in zip(ours[: len(theirs)], theirs, strict=True):
+        limit = 1e-6 if dtype == torch.float32 else 0.01
+        assert a.dtype == torch.float32 and relative(a, b) < limit
+    assert biased or ours[3] is None
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_compiled_kernel_gives_the_same_loss_and_gradients(monkeypatch, dtype):
-    monkeypatch.setattr(
-        torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True)
-    )
+def test_one_compiled_kernel_gives_the_same_loss_and_gradients(monkeypatch, dtype, biased):
+    in_torch = partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", in_torch)
     losses.compile_softmax(True)
     try:
-        ours = loss_and_gradients(cross_entropy_of_head, dtype)
+        ours = loss_and_gradients(cross_entropy_of_head, dtype, biased=biased)
         with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            assert relative(cross_entropy_of_head(*inputs()), ours[0]) < 1e-6
+            assert relative(cross_entropy_of_head(*inputs(biased=biased)), ours[0]) < 1e-6
     finally:
         losses.compile_softmax(False)
-    one_by_one = loss_and_gradients(cross_entropy_of_head, dtype)
+    one_by_one = loss_and_gradients(cross_entropy_of_head, dtype, biased=biased)
     for a, b in zip(ours, one_by_one, strict=True):
         assert relative(a, b) < (1e-6 if dtype == torch.float32 else 1e-3)
 
@@ -186,26 +226,21 @@ def test_an_evaluation_computes_no_gradient_of_the_head():
         [name for name in kernels.names if name.startswith("aten.mm")]
         for kernels in (training, evaluation)
     ]
-    assert [len(names) for names in products] == [3, 1], (
-        "the logits, and in training the gradients by hidden and by weight"
-    )
+    # the logits, and in training the gradients by hidden and by weight
+    assert [len(names) for names in products] == [3, 1]
 
 
 def test_fp16_multiplies_a_head_whose_length_is_a_multiple_of_64(monkeypatch):
     shapes, linear = [], F.linear
-    monkeypatch.setattr(
-        F, "linear", lambda x, weight: shapes.append(tuple(weight.shape)) or linear(x, weight)
-    )
-    ours = loss_and_gradients(cross_entropy_of_head, torch.float16)
-    assert shapes == [(320, 24)] and [tuple(t.shape) for t in ours[1:]] == [(37, 24), (301, 24)]
 
+    def recorded(x, weight, bias):
+        shapes.extend([tuple(weight.shape), tuple(bias.shape)])
+        return linear(x, weight, bias)
 
-def test_only_the_hidden_states_may_want_a_gradient():
-    hidden, weight, targets = inputs()
-    cross_entropy_of_head(hidden, weight.detach(), targets).backward()
-    expected, other, _ = inputs()
-    plain(expected, other, targets).backward()
-    assert relative(hidden.grad, expected.grad) < 1e-6 and weight.grad is None
+    monkeypatch.setattr(F, "linear", recorded)
+    ours = loss_and_gradients(cross_entropy_of_head, torch.float16, biased=True)
+    assert shapes == [(320, 24), (320,)]
+    assert [tuple(t.shape) for t in ours[1:]] == [(37, 24), (301, 24), (301,)]
 
 
 def test_a_second_backward_is_an_error_not_another_gradient():
@@ -242,44 +277,3 @@ def test_attention_as_products_is_attention():
         block.attn.dropout = 1e-9  # with dropout it is torch's own kernel
         theirs = block.train()(x).float()
     assert relative(ours - x, theirs - x) < 0.01
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("ignored", [0, 9, 40])
-@pytest.mark.parametrize("held", [2**25, 300])
-def test_a_bias_of_the_head_is_added_and_trained(monkeypatch, dtype, ignored, held):
-    """Against the whole logits; in bf16 to its precision. ignored: targets of 40 that are -100."""
-    monkeypatch.setattr(losses, "HELD", held)
-    torch.manual_seed(0)
-    tensors = [torch.randn(40, 8), torch.randn(23, 8), torch.randn(23)]
-    targets = torch.randint(23, (40,))
-    targets[:ignored] = -100
-
-    def results(function):
-        hidden, weight, bias = [t.clone().requires_grad_() for t in tensors]
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            loss = function(hidden, weight, bias)
-        (2 * loss).backward()
-        return [loss.detach(), hidden.grad, weight.grad, bias.grad]
-
-    ours = results(lambda h, w, b: cross_entropy_of_head(h, w, targets, b))
-    with_logits = results(
-        lambda h, w, b: torch.nn.functional.cross_entropy(
-            torch.nn.functional.linear(h, w, b).float(), targets, reduction="sum"
-        )
-    )
-    tolerance = 1e-5 if dtype == torch.float32 else 0.1
-    for a, b in zip(ours, with_logits, strict=True):
-        assert torch.allclose(a, b, atol=tolerance, rtol=tolerance)
-
-
-def test_a_bias_that_is_not_trained_gets_no_gradient():
-    hidden, weight, targets = inputs(N=5)
-    bias = torch.randn(len(weight))
-    cross_entropy_of_head(hidden, weight, targets, bias).backward()
-    assert bias.grad is None and hidden.grad is not None
-    with torch.no_grad():
-        loss = cross_entropy_of_head(hidden, weight, targets, bias)
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    plain_loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-    assert torch.allclose(loss, plain_loss, rtol=1e-5)

@@ -324,7 +324,7 @@ def test_what_is_not_hellaswag_or_not_whole_leaves_nothing_behind(hellaswag, tmp
     line = len(body.split(b"\n")[0]) + 1
     monkeypatch.setattr(scoring, "MAX_BYTES", len(body))
     for answer, why in [
-        ((200, 5, b"<html"), "line 1 is no item"),
+        ((200, 5, b"<html"), "line 1 is not a HellaSwag item"),
         ((404, 0, b""), "404"),
         ((200, len(body), body[:line]), "cut off"),
         ((200, len(body) + 1, body + b"\n"), "longer than"),
