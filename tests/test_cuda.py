@@ -1,5 +1,5 @@
 """
-The CUDA path, as far as a machine without a GPU shows it: torch.cuda is replaced, and what is asked of it is recorded.
+The CUDA path on a machine without a GPU: torch.cuda is replaced, and its calls are recorded.
 
 What a GPU computes is checked by benchmarks/on_gpu.py, which needs one.
 """
@@ -33,18 +33,25 @@ def engine_on_cpu(kind=Engine, dtype=torch.float32):
     return kind(Ranks(CPU, group=False), dtype)
 
 
+def gpt(**shape) -> gpt_train.GPT:
+    return gpt_train.GPT(gpt_train.GPTConfig(vocab_size=64, **shape))
+
+
 def prepare(engine, model, **options) -> None:
-    """A GPT without an optimizer."""
+    """Prepare a GPT without an optimizer."""
     engine.prepare(model, (gpt_train.Block,), lambda model: None, **options)
 
 
 class FakeCuda:
-    """Two GPUs that hold nothing: `asked` lists (function, index of the device that it was given)."""
+    """Two GPUs without memory. `asked`: (function, index of the device that it was given)."""
 
     n_gpus = 2
 
     def __init__(self, monkeypatch, bf16=True, first_use=None):
-        self.asked, self.current, self.first_use, self.ones = [], 0, first_use, torch.ones
+        self.asked = []
+        self.current = 0
+        self.first_use = first_use  # error of the first use of a GPU
+        self.ones = torch.ones
         for name in ("set_device", "mem_get_info", "get_device_name"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -58,7 +65,7 @@ class FakeCuda:
         monkeypatch.setattr(pretraining_advanced, "attention_kernel", lambda *_: "chosen by torch")
 
     def index(self, function, device) -> int:
-        """The index of a device, None where it has none: what torch refuses."""
+        """The index of a device. Raises ValueError for a device without one, as torch does."""
         device = torch.device(device)
         self.asked.append((function, device.index))
         if device.index is None:
@@ -98,14 +105,18 @@ PLAN = {
     "batch_size": 4,
     "plan": True,
 }
-SCRIPTS = {
-    "advanced": lambda device: pretraining_advanced.run(
-        pretraining_advanced.TrainConfig(device=device, dtype="fp32", **PLAN)
-    ),
-    "simple": lambda device: pretraining_simple.main(
-        pretraining_simple.SimpleConfig(device=device, **PLAN)
-    ),
-}
+
+
+def plan_advanced(device) -> int:
+    config = pretraining_advanced.TrainConfig(device=device, dtype="fp32", **PLAN)
+    return pretraining_advanced.run(config)
+
+
+def plan_simple(device) -> int:
+    return pretraining_simple.main(pretraining_simple.SimpleConfig(device=device, **PLAN))
+
+
+SCRIPTS = {"advanced": plan_advanced, "simple": plan_simple}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -114,13 +125,10 @@ def test_every_use_of_a_gpu_names_its_index(monkeypatch, capsys, tmp_path, scrip
     cuda = FakeCuda(monkeypatch)
     with contextlib.chdir(tmp_path):
         assert SCRIPTS[script](device) == 0
+    functions = {function for function, _ in cuda.asked}
     assert {found for _, found in cuda.asked} == {index}, cuda.asked
-    assert {"set_device", "mem_get_info"} <= {
-        function for function, _ in cuda.asked
-    } and cuda.current == index
-    assert f"Fake GPU {index}" in capsys.readouterr().out, (
-        "the memory reported is that of another GPU"
-    )
+    assert {"set_device", "mem_get_info"} <= functions and cuda.current == index
+    assert f"Fake GPU {index}" in capsys.readouterr().out, "memory of another GPU is reported"
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
@@ -138,94 +146,69 @@ def test_under_torchrun_each_rank_has_its_own_gpu(monkeypatch, tmp_path, device)
 
 def test_sampling_and_scoring_take_the_gpu_that_was_named(monkeypatch, capsys):
     FakeCuda(monkeypatch)
-    tokenizer = SimpleNamespace(name="bytes")
-    model = gpt_train.GPT(
-        gpt_train.GPTConfig(vocab_size=5, block_size=4, n_layer=1, n_head=1, n_embd=4)
-    )
     used = []
-    monkeypatch.setattr(
-        gpt_train,
-        "load_model",
-        lambda path, device: used.append(device) or (model, tokenizer, {"step": 1}),
-    )
-    monkeypatch.setattr(
-        gpt_train, "show_samples", lambda model, tokenizer, device, *_: used.append(device)
-    )
+
+    def load_model(path, device):
+        used.append(device)
+        return model, SimpleNamespace(name="bytes"), {"step": 1}
+
+    def show_samples(model, tokenizer, device, *_):
+        used.append(device)
+
+    model = gpt(block_size=4, n_layer=1, n_head=1, n_embd=4)
+    monkeypatch.setattr(gpt_train, "load_model", load_model)
+    monkeypatch.setattr(gpt_train, "show_samples", show_samples)
     gpt_train.main(gpt_train.SampleConfig(device="cuda:1"))
     assert used == [torch.device("cuda:1")] * 2 and "cuda:1" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("error", "told"),
-    [
-        (
-            AssertionError("Torch not compiled with CUDA enabled"),
-            "is built without CUDA; install a CUDA build",
-        ),
-        (
-            RuntimeError("The NVIDIA driver on your system is too old (found version 11040)."),
-            "update the driver",
-        ),
-        (RuntimeError("Found no NVIDIA driver on your system."), "no NVIDIA driver was found"),
-        (
-            RuntimeError("CUDA error: no kernel image is available for execution on the device"),
-            "has no kernels for this GPU, only",
-        ),
-        (
-            RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"),
-            "another program has this GPU for itself",
-        ),
-        (
-            RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"),
-            "the memory of the GPU is full",
-        ),
-        (
-            RuntimeError("CUDA error: something new\nmore"),
-            "'cuda' cannot be used here (CUDA error: something new more)",
-        ),
-    ],
-)
-def test_a_gpu_that_cannot_be_used_is_one_line_with_the_way_out(monkeypatch, error, told):
+OLD_DRIVER = "The NVIDIA driver on your system is too old (found version 11040)."
+FIRST_USES = {  # error of the first use -> words of the message
+    AssertionError("Torch not compiled with CUDA enabled"): "is built without CUDA; install",
+    RuntimeError(OLD_DRIVER): "update the driver",
+    RuntimeError("Found no NVIDIA driver on your system."): "no NVIDIA driver was found",
+    RuntimeError("CUDA error: no kernel image is available for execution on the device"): (
+        "has no kernels for this GPU, only"
+    ),
+    RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"): (
+        "another program has this GPU for itself"
+    ),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors"): "memory of the GPU is full",
+    RuntimeError("CUDA error: something new\nmore"): (
+        "'cuda' cannot be used here (CUDA error: something new more)"
+    ),
+}
+
+
+@pytest.mark.parametrize(("error", "words"), FIRST_USES.items())
+def test_a_gpu_that_cannot_be_used_is_one_line_with_the_way_out(monkeypatch, error, words):
     FakeCuda(monkeypatch, first_use=error)
     with pytest.raises(ValueError) as e:
         pick_device("cuda")
     text = str(e.value)
-    assert (
-        text.startswith("--device cuda: ")
-        and told in text
-        and text.endswith(", or use --device cpu")
-        and "\n" not in text
-    )
+    assert text.startswith("--device cuda: ") and text.endswith(", or use --device cpu")
+    assert words in text and "\n" not in text
 
 
-def test_a_gpu_that_auto_cannot_use_is_told(monkeypatch, capsys):
+def test_a_gpu_that_auto_cannot_use_is_reported(monkeypatch, capsys):
     """Otherwise a month of training runs on the CPU, because a driver is old."""
-    FakeCuda(
-        monkeypatch,
-        first_use=RuntimeError(
-            "The NVIDIA driver on your system is too old (found version 11040)."
-        ),
-    )
+    FakeCuda(monkeypatch, first_use=RuntimeError(OLD_DRIVER))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(os.path, "exists", lambda path: path == "/proc/driver/nvidia")
     assert pick_device("auto") == CPU
-    assert capsys.readouterr().err.startswith(
-        "warning: this run is on the CPU, not on the GPU: the NVIDIA driver is too old"
-    )
+    warning = "warning: this run is on the CPU, not on the GPU: the NVIDIA driver is too old"
+    assert capsys.readouterr().err.startswith(warning)
     assert pick_device("cpu") == CPU and capsys.readouterr().err == "", "as asked"
 
 
-def test_a_gpu_that_is_not_there_is_told_with_how_many_there_are(monkeypatch):
+def test_a_gpu_that_does_not_exist_is_refused_with_the_number_of_gpus(monkeypatch):
     FakeCuda(monkeypatch)
-    with pytest.raises(
-        ValueError, match="--device cuda:7: there is no cuda:7, this machine has 2 GPUs; use cuda:0"
-    ):
+    message = "--device cuda:7: there is no cuda:7, this machine has 2 GPUs; use cuda:0"
+    with pytest.raises(ValueError, match=message):
         pick_device("cuda:7")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    with pytest.raises(
-        ValueError,
-        match="--device auto: there is no cuda:3, this machine has 2 GPUs; use --nproc_per_node 2",
-    ):
+    message = "there is no cuda:3, this machine has 2 GPUs; use --nproc_per_node 2"
+    with pytest.raises(ValueError, match=f"--device auto: {message}"):
         pick_device("auto")
 
 
@@ -257,8 +240,6 @@ def test_a_run_on_the_cpu_makes_no_cuda_context(monkeypatch, tmp_path):
         "model_size": "nano",
         "context_length": 16,
         "batch_size": 4,
-    }
-    settings |= {
         "max_steps": 4,
         "save_ckpt_freq": 2,
         "val_share": 0.3,
@@ -270,35 +251,25 @@ def test_a_run_on_the_cpu_makes_no_cuda_context(monkeypatch, tmp_path):
     assert len(list(tmp_path.glob("runs/advanced/checkpoints/*"))) == 2
 
 
-@pytest.mark.parametrize(
-    ("error", "told"),
-    [
-        (
-            dist.DistBackendError("NCCL error in: init.cpp:94, Duplicate GPU detected"),
-            "NCCL cannot start on cuda:1 (NCCL error",
-        ),
-        (
-            RuntimeError("Distributed package doesn't have NCCL built in"),
-            "NCCL cannot start on cuda:1",
-        ),
-        (
-            dist.DistNetworkError("The server socket has failed to listen"),
-            "the processes do not find each other at here:1",
-        ),
-        (
-            dist.DistStoreError("Timed out waiting for clients"),
-            "the processes do not find each other at here:1",
-        ),
-    ],
-)
-def test_errors_of_nccl_are_not_told_as_a_network_that_fails(monkeypatch, error, told):
-    for name, value in (
-        ("RANK", 0),
-        ("WORLD_SIZE", 2),
-        ("MASTER_ADDR", "here"),
-        ("MASTER_PORT", 1),
-    ):
-        monkeypatch.setenv(name, str(value))
+NO_GROUP = {  # error of torch -> start of the message
+    dist.DistBackendError("NCCL error in: init.cpp:94, Duplicate GPU detected"): (
+        "NCCL cannot start on cuda:1 (NCCL error"
+    ),
+    RuntimeError("Distributed package doesn't have NCCL built in"): "NCCL cannot start on cuda:1",
+    dist.DistNetworkError("The server socket has failed to listen"): (
+        "the processes do not find each other at here:1"
+    ),
+    dist.DistStoreError("Timed out waiting for clients"): (
+        "the processes do not find each other at here:1"
+    ),
+}
+
+
+@pytest.mark.parametrize(("error", "start"), NO_GROUP.items())
+def test_errors_of_nccl_are_not_reported_as_those_of_the_network(monkeypatch, error, start):
+    group = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+    for name, value in group.items():
+        monkeypatch.setenv(name, value)
 
     def fail(*_, **__):
         raise error
@@ -306,7 +277,7 @@ def test_errors_of_nccl_are_not_told_as_a_network_that_fails(monkeypatch, error,
     monkeypatch.setattr(dist, "init_process_group", fail)
     with pytest.raises(ValueError) as e:
         Ranks(torch.device("cuda:1"), group=True)
-    assert str(e.value).startswith(told) and "\n" not in str(e.value)
+    assert str(e.value).startswith(start) and "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize(
@@ -323,39 +294,32 @@ def test_errors_of_nccl_are_not_told_as_a_network_that_fails(monkeypatch, error,
 )
 def test_every_out_of_memory_error_is_recognised(error):
     assert machine.out_of_memory(error)
-    assert not machine.out_of_memory(
-        RuntimeError("CUDA error: an illegal memory access was encountered")
-    )
+    other = RuntimeError("CUDA error: an illegal memory access was encountered")
+    assert not machine.out_of_memory(other)
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_autocast_keeps_no_copy_of_the_weights(recomputed):
-    model = gpt_train.GPT(
-        gpt_train.GPTConfig(vocab_size=64, block_size=8, n_layer=6, n_head=2, n_embd=128)
-    )
-    engine, ids = engine_on_cpu(dtype=torch.bfloat16), torch.zeros(1, 8, dtype=torch.int64)
+    model = gpt(block_size=8, n_layer=6, n_head=2, n_embd=128)
+    engine = engine_on_cpu(dtype=torch.bfloat16)
+    ids = torch.zeros(1, 8, dtype=torch.int64)
     prepare(engine, model, activation_checkpointing=recomputed)
     one_block = 2 * 12 * 128 * 128  # bytes of its matrices in bf16
-    profiler = torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    )
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    profiler = torch.profiler.profile(activities=activities, profile_memory=True)
     with torch.set_grad_enabled(recomputed), engine.autocast(), profiler as profile:
         loss = model(ids, ids)
-    assert sum(event.self_cpu_memory_usage for event in profile.events()) < one_block, (
-        "of six blocks"
-    )
+    n_bytes = sum(event.self_cpu_memory_usage for event in profile.events())
+    assert n_bytes < one_block, "of six blocks"
     assert torch.isfinite(loss)
 
 
 def test_only_blocks_that_draw_random_numbers_save_the_random_state(monkeypatch):
-    saved, get = [], torch.get_rng_state
+    saved = []
+    get = torch.get_rng_state
     monkeypatch.setattr(torch, "get_rng_state", lambda: saved.append(1) or get())
     for dropout in (0.0, 0.1):
-        model = gpt_train.GPT(
-            gpt_train.GPTConfig(
-                vocab_size=64, block_size=8, n_layer=2, n_head=2, n_embd=8, dropout=dropout
-            )
-        )
+        model = gpt(block_size=8, n_layer=2, n_head=2, n_embd=8, dropout=dropout)
         prepare(engine_on_cpu(), model, activation_checkpointing=True)
         saved.clear()
         ids = torch.zeros(1, 8, dtype=torch.int64)
@@ -371,24 +335,22 @@ def test_only_blocks_that_draw_random_numbers_save_the_random_state(monkeypatch)
 
 @pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated")
 def test_ddp_leaves_a_compiled_block_whole(monkeypatch, tmp_path):
-    """Dynamo otherwise cuts a block of more than a bucket, 1 MB at first, into two graphs."""
-    compile_block, graphs = torch.nn.Module.compile, []
+    """Dynamo otherwise splits a block larger than a bucket, 1 MB at first, into two graphs."""
+    compile_block = torch.nn.Module.compile
+    graphs = []
 
     def backend(graph, _):
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(
-        torch.nn.Module,
-        "compile",
-        lambda self, **options: compile_block(self, backend=backend, **options),
-    )
+    def compile_with_backend(block, **options):
+        return compile_block(block, backend=backend, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_with_backend)
     torch._dynamo.reset()
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     engine = engine_on_cpu(Replicated)
-    model = gpt_train.GPT(
-        gpt_train.GPTConfig(vocab_size=64, block_size=16, n_layer=1, n_head=2, n_embd=384)
-    )
+    model = gpt(block_size=16, n_layer=1, n_head=2, n_embd=384)
     ids = torch.zeros(1, 16, dtype=torch.int64)
     try:
         with torch._dynamo.config.patch(optimize_ddp=True):  # restored after the test
@@ -396,9 +358,8 @@ def test_ddp_leaves_a_compiled_block_whole(monkeypatch, tmp_path):
             engine.model(ids, ids).backward()
         assert len(graphs) == 1
         weight = model.h[0].mlp.c_fc.weight
-        assert weight.grad.untyped_storage().nbytes() > weight.nbytes, (
-            "the gradient lies in the bucket, not beside it"
-        )
+        in_bucket = weight.grad.untyped_storage().nbytes() > weight.nbytes
+        assert in_bucket, "the gradient is a copy of the one in the bucket"
     finally:
         engine.model = None
         dist.destroy_process_group()
@@ -406,34 +367,30 @@ def test_ddp_leaves_a_compiled_block_whole(monkeypatch, tmp_path):
 
 
 def test_a_step_reads_the_device_once():
-    """Each read waits until a GPU has done all its work; loss and norm are one."""
-    model = gpt_train.GPT(
-        gpt_train.GPTConfig(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=8)
-    )
+    """Each read waits until the GPU has done all its work; loss and norm are read together."""
+    model = gpt(block_size=8, n_layer=1, n_head=2, n_embd=8)
     engine = engine_on_cpu()
     blocks = (gpt_train.Block,)
     engine.prepare(model, blocks, lambda model: Optimizer(model, (), "adamw", 0.1, CPU))
     loss_fn = pretraining_advanced.gpt_loss
     job = pretraining_advanced.Job("gpt", model, None, None, loss_fn, (), 1, 8, {})
     ids = torch.zeros(2, 8, dtype=torch.int64)
-    config, expected = pretraining_advanced.TrainConfig(batch_size=2), None
+    config = pretraining_advanced.TrainConfig(batch_size=2)
+    batches = [{"inputs": ids, "targets": ids}]
     with Kernels() as operators:
-        total = pretraining_advanced.gradients(
-            job, engine, [{"inputs": ids, "targets": ids}], 16, Progress({}, 2), config
-        )
+        total = pretraining_advanced.gradients(job, engine, batches, 16, Progress({}, 2), config)
         expected = total, torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
         operators.names.clear()
         loss = engine.read(total)
         norm, _ = engine.step(1e-3, 1.0)
     assert (loss, norm) == tuple(t.item() for t in expected)
-    assert not [name for name in operators.names if "_local_scalar_dense" in name], (
-        "besides the list of the stacked two"
-    )
+    reads = [name for name in operators.names if "_local_scalar_dense" in name]
+    assert not reads, "besides the list of the two"
 
 
 @pytest.mark.parametrize(("device", "threads"), [("cuda:0", [4]), ("cpu", [])])
 def test_offloaded_ranks_share_the_cores_of_the_machine(monkeypatch, device, threads):
-    """torchrun gives each rank one thread, and the optimizer of --cpu_offload computes on the CPU."""
+    """torchrun gives each rank one thread, but with --cpu_offload the optimizer needs the CPU."""
     found = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
