@@ -67,7 +67,7 @@ def peak_flops(device, dtype) -> float | None:
     """
     Peak of the device in 16 bits, in operations per second.
 
-    None if it is not known, or if products are in fp32: no number is better than a wrong one.
+    None if it is not known, or if products are in fp32: None is better than a wrong number.
     """
     if device.type != "cuda" or dtype == torch.float32:
         return None
