@@ -18,7 +18,7 @@ os.environ["OMP_NUM_THREADS"] = (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-# Real books, vocabularies and the fault harness; tests that need them skip by name where the folder is not beside us.
+# Real books, vocabularies and the fault harness. Tests that need them skip by name without it.
 SHARED = ROOT.parent / "shared"
 GPT2_CACHE = SHARED / "data/gpt2/tiktoken_cache"
 
@@ -124,7 +124,8 @@ def run(
     """
     Start a script of the project in the folder `cwd`, offline, one thread.
 
-    In a process forked from one that has torch imported (warm.py). `fresh`: by python itself, as where `env` is for python.
+    In a process forked from one that has torch imported (warm.py). With `fresh`, or if `env` holds
+    variables that python reads, by python itself.
     """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **(env or {})}
     if fresh or any(name.startswith(("PYTHON", "MALLOC")) for name in env or {}):
@@ -142,7 +143,11 @@ def run(
 
 
 class Warm:
-    """A script in one process for each environment, all at once, forked from tests/warm.py; one such group at a time."""
+    """
+    A script in one process for each environment, all at once, forked from tests/warm.py.
+
+    One such group at a time.
+    """
 
     server = None
 
@@ -199,7 +204,7 @@ class Warm:
 
 
 def ranks(script, *arguments, world: int, cwd) -> Warm:
-    """The script on `world` processes that find each other as those of torchrun do, without torchrun."""
+    """The script on `world` processes that find each other as under torchrun, without torchrun."""
     numbers = [{}]
     if world > 1:
         with socket.socket() as free:
@@ -237,7 +242,10 @@ def one_error_line(result: subprocess.CompletedProcess, code: int) -> str:
 def texts(tmp_path_factory) -> Path:
     """A folder with three small English texts."""
     folder = tmp_path_factory.mktemp("texts")
-    words = "the old man and a small dog went down to the sea where ships of every kind lay still in the morning light".split()
+    words = (
+        "the old man and a small dog went down to the sea "
+        "where ships of every kind lay still in the morning light"
+    ).split()
     for n in range(3):
         lines = [
             " ".join(words[(i * (n + 2) + j * 7) % len(words)] for j in range(9)) + f" {i}."

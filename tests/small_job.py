@@ -1,4 +1,4 @@
-"""A Job without text, whose steps take a millisecond: for tests of what a Job and an engine may be."""
+"""A Job without text, whose steps take a millisecond: for tests of Jobs and engines."""
 
 import json
 import math

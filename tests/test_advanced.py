@@ -79,7 +79,7 @@ def test_validation_is_the_same_bits_on_any_number_of_ranks(home):
 
 
 def test_the_same_losses_as_the_simple_script(home, tmp_path, monkeypatch):
-    """Same data, same windows, same seed, fp32, constant learning rate, no clipping: twenty equal losses."""
+    """Same data, order and seed, fp32, constant learning rate, no clipping: twenty equal losses."""
     import pretraining_simple as simple
     from parts.data.batches import TrainBatches
     from parts.data.shards import Shards, read_index
@@ -113,10 +113,10 @@ def test_the_same_losses_as_the_simple_script(home, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    simple.main(simple.SimpleConfig(
-        data_dir=str(tmp_path / "texts"), output_dir=str(tmp_path / "run"), model_size="nano", context_length=32, batch_size=4,
-        max_steps=20, lr=1e-3, tokenizer="bytes", device="cpu",
-    ))  # fmt: skip
+    settings = {"model_size": "nano", "context_length": 32, "batch_size": 4, "max_steps": 20}
+    settings |= {"lr": 1e-3, "tokenizer": "bytes", "device": "cpu"}
+    settings |= {"data_dir": str(tmp_path / "texts"), "output_dir": str(tmp_path / "run")}
+    simple.main(simple.SimpleConfig(**settings))
     torch.set_num_threads(threads)
     lines = (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [r["train_loss"] for r in map(json.loads, lines) if "train_loss" in r]
@@ -126,7 +126,7 @@ def test_the_same_losses_as_the_simple_script(home, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ARRANGEMENTS)
 def test_resumed_equals_straight_to_the_bit(home, monkeypatch, name):
-    """Stopped twice on the way, with evaluations in between. (In processes of their own: tests/faults.)"""
+    """Stopped twice, with evaluations in between, in one process. (Several: tests/faults.)"""
     settings = {**OFTEN, **ARRANGEMENTS[name]}
     assert train_here(home, monkeypatch, f"{name}-straight", **settings) == 0
     codes = [
@@ -291,7 +291,7 @@ def test_another_optimizer_begins_anew_where_that_is_allowed(home, first, then):
 
 
 def test_epochs_on_another_number_of_processes(home):
-    """The length in steps that epochs come to belongs to the run, not to the processes of one attempt."""
+    """The number of steps that n_epochs gives belongs to the run, not to its number of ranks."""
     settings = {"max_steps": "None", "n_epochs": 0.02, "grad_accum_steps": 2}
     stop(home, "epochs", 3, **settings)
     folder = train(home, "epochs", world=2, **settings)

@@ -160,11 +160,17 @@ def test_a_time_between_checkpoints(home):
 
 
 def test_a_disk_that_refuses_costs_no_older_checkpoint(home):
-    """Files may not grow beyond 1 MB at a time when the second checkpoint is due; exit 1, and the same line goes on."""
+    """No file may exceed 100 kB at the second checkpoint: exit 1; the same command resumes."""
     train(home, "full", max_steps=4, save_ckpt_freq=4, min_lr=1e-4, warmup_steps=1)
     (home / "runs/full/checkpoints/.step_000008.part").write_text("in the way", encoding="utf-8")
     settings = {"max_steps": 8, "min_lr": 1e-4, "warmup_steps": 1, "allow_change": "max_steps"}
-    limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); import runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, {str(ROOT)!r}); runpy.run_path(sys.argv[0], run_name='__main__')"
+    limited = (
+        "import resource, runpy, sys\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "sys.argv = sys.argv[1:]\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     command = [
         sys.executable,
         "-c",
@@ -260,8 +266,10 @@ sys.path.insert(0, sys.argv[0].rsplit("/", 1)[0])
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
-    with open("/proc/self/status", encoding="utf-8") as f, open(report, "w", encoding="utf-8") as out:
-        out.write(next(line.split()[1] for line in f if line.startswith("RssAnon")))
+    with open("/proc/self/status", encoding="utf-8") as f:
+        anonymous = next(line.split()[1] for line in f if line.startswith("RssAnon"))
+    with open(report, "w", encoding="utf-8") as out:
+        out.write(anonymous)
 """
 
 
@@ -315,9 +323,7 @@ def test_the_first_step_costs_little_more_than_importing_torch(home):
     seconds = cpu_seconds(
         lambda: start(home, "quick", fresh=True, max_steps=1, print_sample_iter=1000)
     )
-    print(
-        f"{seconds:.2f} s of CPU for one step and everything around it, {torch_alone:.2f} s for torch alone"
-    )
+    print(f"{seconds:.2f} s of CPU for a run of one step, {torch_alone:.2f} s to import torch")
     assert seconds < 4 * torch_alone  # evaluation, checkpoint and plot are in it too
 
 
@@ -340,7 +346,9 @@ def test_ranks_that_see_other_text_are_refused(home, tmp_path):
         f.write(json.dumps({"text": "One document more, on one machine only."}) + "\n")
     script = tmp_path / "apart.py"
     script.write_text(
-        f"import os, runpy\nos.chdir(os.environ['RANK'])\nrunpy.run_path({str(ROOT / 'pretraining_advanced.py')!r}, run_name='__main__')\n"
+        "import os, runpy\n"
+        "os.chdir(os.environ['RANK'])\n"
+        f"runpy.run_path({str(ROOT / 'pretraining_advanced.py')!r}, run_name='__main__')\n"
     )
     line = [
         word if not word.endswith("pretraining_advanced.py") else str(script)

@@ -1,4 +1,4 @@
-"""The order of windows is a permutation that costs nothing to find again, and the same for every number of ranks."""
+"""The order of windows is a permutation, cheap to resume, and the same for every world size."""
 
 import itertools
 import time

@@ -1,4 +1,4 @@
-"""The model in slices: the same numbers as whole, checkpoints that every arrangement reads, and refusals that say why."""
+"""A sharded model gives the same numbers as a whole one, and its checkpoints load anywhere."""
 
 import contextlib
 import json
@@ -181,7 +181,7 @@ def test_one_process_under_torchrun_slices_too_and_resumes_to_the_bit(home, whol
 
 
 def test_no_rank_stops_sampling_before_the_others(home, monkeypatch):  # noqa: F811
-    """The others would wait for ever inside the forward pass; on unlike GPUs two ranks may draw unlike tokens."""
+    """Else the others would wait forever: on different GPUs ranks may draw different tokens."""
     config = TrainConfig(
         dataset_name="data", tokenizer="bytes", val_share=0.05, model_size="nano", context_length=32
     )

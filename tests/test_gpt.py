@@ -163,7 +163,7 @@ def test_bits_per_byte_of_an_even_guess_over_bytes_is_eight():
     assert result["bits_per_byte"] == pytest.approx(8)
 
 
-# --------------------------------------------------------------------------------------------------- generation
+# --------------------------------------------------------------------------------------- generation
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_an_empty_prompt_is_refused():
         generate(tiny_model(), torch.zeros(1, 0, dtype=torch.long), 1)
 
 
-# -------------------------------------------------------------------------------------------------------- rest
+# --------------------------------------------------------------------------------------------- rest
 
 
 def test_text_to_ids_and_back():

@@ -1,4 +1,8 @@
-"""A bad step is applied nowhere; a bad stretch sends the run back and past it; too little memory halves the micro-batches."""
+"""
+A bad step is skipped on all ranks; several in a row roll the run back and skip their rows.
+
+Too little memory halves the micro-batches.
+"""
 
 import contextlib
 import dataclasses
@@ -21,11 +25,10 @@ from parts.training.guard import Guard
 from pretraining_advanced import TrainConfig
 from wt_load import weights_hash
 
-SETTINGS = {
-    "dataset_name": "data", "tokenizer": "bytes", "val_share": 0.05, "model_size": "nano", "context_length": 32, "batch_size": 4, "max_steps": 20,
-    "max_lr": 3e-3, "warmup_steps": 2, "eval_freq": 10, "print_sample_iter": 100, "save_ckpt_freq": 5, "keep_last": 9, "device": "cpu",
-    "dtype": "fp32", "max_bad_steps": 3,
-}  # fmt: skip
+SETTINGS = {"dataset_name": "data", "tokenizer": "bytes", "val_share": 0.05, "device": "cpu"}
+SETTINGS |= {"model_size": "nano", "context_length": 32, "batch_size": 4, "max_steps": 20}
+SETTINGS |= {"max_lr": 3e-3, "warmup_steps": 2, "dtype": "fp32", "max_bad_steps": 3}
+SETTINGS |= {"eval_freq": 10, "print_sample_iter": 100, "save_ckpt_freq": 5, "keep_last": 9}
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +45,10 @@ def home(tmp_path_factory):
 
 def train(home, monkeypatch, name, change_loss=None, skip=(), **settings) -> int:
     """
-    The trainer, in this process. change_loss(windows, loss) gets the global windows that a micro-batch holds, and may
-    spoil its loss; skip: stretches of windows to pass over from the beginning.
+    The trainer, in this process.
+
+    change_loss(windows, loss) gets the indices of the windows of a micro-batch and may spoil its
+    loss; skip: ranges of windows that are skipped from the beginning.
     """
     config = TrainConfig(**{**SETTINGS, "run_name": name, **settings})
     make_job = pretraining_advanced.gpt_job
@@ -106,8 +111,8 @@ def test_one_bad_step_is_applied_nowhere_and_the_run_goes_on(home, monkeypatch, 
     assert "step 11: the loss is" in capsys.readouterr().out
     assert train(home, monkeypatch, f"{name}_until", max_steps=10) == 0
     before, _ = load_checkpoint(newest_checkpoint(home / f"runs/{name}_until"))
-    assert train(home, monkeypatch, f"{name}_at", spoil([41], value), max_steps=11, resume=f"runs/{name}_until",
-                 allow_change="max_steps") == 0  # fmt: skip
+    resumed = {"resume": f"runs/{name}_until", "allow_change": "max_steps", "max_steps": 11}
+    assert train(home, monkeypatch, f"{name}_at", spoil([41], value), **resumed) == 0
     after, _ = load_checkpoint(newest_checkpoint(home / f"runs/{name}_at"))
     assert weights_hash(before) == weights_hash(after)
 
@@ -131,7 +136,7 @@ def test_a_gradient_that_is_not_finite_is_applied_nowhere(home, monkeypatch):
 
 
 def test_a_bad_stretch_sends_the_run_back_and_past_it(home, monkeypatch, capsys):
-    """Steps 12, 13 and 14 (windows 48 to 59 with four to a step) are bad; the run that never saw them is the reference."""
+    """Steps 12 to 14 (windows 48 to 59) are bad; the reference is a run that never saw them."""
     assert train(home, monkeypatch, "reference", skip=[(48, 60)], save_ckpt_freq=7) == 0
     assert train(home, monkeypatch, "stretch", spoil(range(48, 60))) == 0
     assert "rolled back to step 10, skipping rows 48 to 59" in capsys.readouterr().out
@@ -178,7 +183,9 @@ def gpt_job(config, building, make_job=advanced.gpt_job):
 
     def loss_fn(model, batch):
         loss = model(batch["inputs"], batch["targets"])
-        spoiled = model.training and os.environ["RANK"] == "1" and any(row.numpy().tobytes() in bad for row in batch["inputs"])
+        if not model.training or os.environ["RANK"] != "1":
+            return loss
+        spoiled = any(row.numpy().tobytes() in bad for row in batch["inputs"])
         return loss * math.nan if spoiled else loss
 
     return dataclasses.replace(job, loss_fn=loss_fn)
@@ -263,9 +270,11 @@ def forward(self, x):
     return plain(self, x)
 
 MLP.forward = forward
-config = advanced.TrainConfig(dataset_name="data", tokenizer="bytes", val_share=0.05, model_size="nano", context_length=32,
-    batch_size=4, max_steps=6, max_lr=1e-4, warmup_steps=2, device="cpu", dtype="fp32", print_sample_iter=100,
-    run_name=sys.argv[2], parallel=sys.argv[3])
+config = advanced.TrainConfig(
+    dataset_name="data", tokenizer="bytes", val_share=0.05, model_size="nano", context_length=32,
+    batch_size=4, max_steps=6, max_lr=1e-4, warmup_steps=2, device="cpu", dtype="fp32",
+    print_sample_iter=100, run_name=sys.argv[2], parallel=sys.argv[3],
+)
 sys.exit(advanced.run(config))
 """
 

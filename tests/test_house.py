@@ -1,4 +1,4 @@
-"""The house rules: who may import whom, how long a file may be, what may not be called, and that every script starts."""
+"""The rules of the house: imports, line budgets, forbidden calls, and that every script starts."""
 
 import ast
 import re
@@ -189,7 +189,7 @@ def test_every_script_shows_its_help_from_its_own_folder(script):
 def test_scripts_start_from_elsewhere_and_without_the_packages_that_only_some_runs_need(
     script, tmp_path
 ):
-    """wandb, datasets, transformers, matplotlib and galore cost seconds at every start, so --help may not import them."""
+    """Importing these takes seconds, so no --help may do it."""
     for name in ("wandb", "datasets", "transformers", "matplotlib", "galore_torch", "tokenizers"):
         (tmp_path / f"{name}.py").write_text(
             "raise ImportError('not at the top of a script')", encoding="utf-8"

@@ -1,4 +1,4 @@
-"""Loss of a text and HellaSwag's figures equal the plainest computation, for any stride and batch."""
+"""Loss of a text and figures of HellaSwag equal a plain computation, for any stride and batch."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def small_model(seed=0, **changes) -> GPT:
     return model
 
 
-# ------------------------------------------------------------------------------------------------------- windows
+# ------------------------------------------------------------------------------------------ windows
 
 
 def test_windows_of_a_hand_worked_example():
@@ -77,7 +77,7 @@ def test_a_stride_that_leaves_tokens_out_is_refused(stride):
         score_tokens(small_model(), np.zeros(9, dtype=np.uint16), 8, 8, 0, CPU)
 
 
-# ------------------------------------------------------------------------------------------------ loss of a text
+# ----------------------------------------------------------------------------------- loss of a text
 
 
 @torch.no_grad()
@@ -144,7 +144,7 @@ def test_a_diverged_model_has_no_score():
         score_hellaswag(diverged, items, BYTES.encode, BYTES.eot, 32, 2, CPU)
 
 
-# ----------------------------------------------------------------------------------------------------- HellaSwag
+# ---------------------------------------------------------------------------------------- HellaSwag
 
 
 def raw_item(n: int) -> dict:
@@ -308,7 +308,7 @@ def test_an_empty_file_and_none_are_errors(tmp_path):
         read_hellaswag(tmp_path / "none.jsonl")
 
 
-# ---------------------------------------------------------------------------------------------------- the download
+# ------------------------------------------------------------------------------------- the download
 
 
 def test_hellaswag_is_fetched_once(hellaswag, tmp_path):

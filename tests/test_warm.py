@@ -28,8 +28,12 @@ def test_a_training_has_the_same_bits_and_the_same_words(texts, tmp_path):
 
 def test_errors_exit_codes_folder_and_environment_arrive(tmp_path):
     (tmp_path / "say.py").write_text(
-        "import os, sys\nprint(__name__, sys.argv[1:], os.getcwd(), os.environ.get('RANK'), sys.stdin.read())\n"
-        "if sys.argv[1] == 'fails':\n    raise KeyError('a bug')\nif sys.argv[1] == 'dies':\n    os.kill(os.getpid(), 9)\nsys.exit(int(sys.argv[1]))",
+        "import os, sys\n"
+        "rank = os.environ.get('RANK')\n"
+        "print(__name__, sys.argv[1:], os.getcwd(), rank, sys.stdin.read())\n"
+        "if sys.argv[1] == 'fails':\n    raise KeyError('a bug')\n"
+        "if sys.argv[1] == 'dies':\n    os.kill(os.getpid(), 9)\n"
+        "sys.exit(int(sys.argv[1]))",
         encoding="utf-8",
     )
     results = ranks(tmp_path / "say.py", "7", world=2, cwd=tmp_path).wait(60)

@@ -19,16 +19,18 @@ from parts.training.optim import learning_rate
 from pretraining_advanced import TrainConfig
 from wt_load import weights_hash
 
-WORDS = "the old man and a small dog went down to the sea where ships of every kind lay still in the light".split()
-SMALL = {
-    "tokenizer": "bytes", "val_share": 0.05, "model_size": "nano", "context_length": 32, "batch_size": 1, "max_steps": 20, "max_lr": 3e-3,
-    "eval_freq": 10, "print_sample_iter": 100, "save_ckpt_freq": 100, "device": "cpu", "dtype": "fp32",
-}  # fmt: skip
+WORDS = (
+    "the old man and a small dog went down to the sea "
+    "where ships of every kind lay still in the light"
+).split()
+SMALL = {"tokenizer": "bytes", "val_share": 0.05, "device": "cpu", "dtype": "fp32"}
+SMALL |= {"model_size": "nano", "context_length": 32, "batch_size": 1, "max_steps": 20}
+SMALL |= {"max_lr": 3e-3, "eval_freq": 10, "print_sample_iter": 100, "save_ckpt_freq": 100}
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with a corpus in `data`; its token cache is made by the first run and shared by all."""
+    """A folder with a corpus in `data`; the first run builds its token cache, all share it."""
     folder = tmp_path_factory.mktemp("advanced")
     (folder / "data").mkdir()
     texts = [
@@ -157,7 +159,11 @@ def train(home, name, world=1, **settings):
 
 
 def train_here(home, monkeypatch, name, stop_at=None, **settings) -> int:
-    """The trainer in this process, asked to stop in step `stop_at`; returns the exit code, raises what `run_script` would print."""
+    """
+    The trainer in this process, asked to stop in step `stop_at`. Returns the exit code.
+
+    Raises what `run_script` would print.
+    """
 
     def rate(step, *args):
         if step + 1 == stop_at:

@@ -1,13 +1,14 @@
 """
-Starts the scripts of the project in processes of their own that have torch imported already. For conftest.run and its like.
+Starts scripts of the project in processes that have torch imported already. For conftest.run.
 
-A start of python costs the import of torch, 1.5 s of work, and the tests start scripts some hundred times. This process imports
-what the scripts import, runs nothing itself, and forks for each start: what is forked is a process with its own command line,
-folder, environment, output and exit code, in which the script is run as __main__. What a script does before torch is there,
-and what the environment must say before python starts, is tested with a real start (`fresh=True` there).
+Starting python costs the import of torch, 1.5 s of work, and the tests start scripts hundreds of
+times. This process imports what the scripts import, runs nothing itself, and forks for each start.
+The fork has its own command line, folder, environment, output and exit code, and runs the script as
+__main__. What happens before torch is imported is tested with a real start (`fresh=True` there).
 
-One line of JSON comes in for each start: {"script", "arguments", "cwd", "env": one for each process, "out", "err": file names}.
-Two go out: the process ids, and, when all of them have ended, their exit codes.
+For each start, one line of JSON is read: {"script", "arguments", "cwd", "env": one for each
+process, "out", "err": file names}. Two are written: the process ids, and, when all of them have
+ended, their exit codes.
 """
 
 import gc
@@ -18,7 +19,9 @@ import sys
 
 import matplotlib.backends.backend_agg  # noqa: F401
 import matplotlib.figure  # noqa: F401
-import torch._dynamo  # noqa: F401  torch's optimizers and DDP import the compiler when one is made, another 1.3 s
+
+# torch's optimizers and DDP import the compiler when one is made, another 1.3 s
+import torch._dynamo  # noqa: F401
 
 import pretraining_advanced  # noqa: F401
 import pretraining_simple  # noqa: F401
@@ -26,7 +29,11 @@ import wt_load  # noqa: F401
 
 
 def forked(request: dict, n: int) -> int:
-    """The id of process n of this request; 0 in that process itself, which is by then as python would have started it."""
+    """
+    The id of process n of this request; 0 in that process itself.
+
+    There, everything is by then as if python had started it.
+    """
     if pid := os.fork():
         return pid
     for number, name in enumerate((os.devnull, request["out"][n], request["err"][n])):

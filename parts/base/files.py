@@ -1,5 +1,7 @@
 """
-Files that survive a kill and a power cut: write under a temporary name, fsync, rename, fsync the folder.
+Files that survive a kill and a power cut.
+
+Write under a temporary name, fsync, rename, fsync the folder.
 
     write_file(path, data)               one small file, whole or not at all
     rename_durably(part, target)         a finished file or folder gets its final name
@@ -26,7 +28,7 @@ def fsync(path) -> None:
 
 
 def rename_durably(part, target) -> None:
-    """Give a finished file or folder its final name: fsync it, rename it, fsync the folder it is in."""
+    """Give a finished file or folder its final name: fsync it, rename it, fsync its parent."""
     fsync(part)
     os.replace(part, target)
     fsync(Path(target).parent)
@@ -87,7 +89,9 @@ def sha256_of(path) -> str:
 
 def read_json(path, fix: str = "") -> dict:
     """
-    The JSON object in a file. Raises ValueError that names the file and ends with `fix`, what to do.
+    The JSON object in a file.
+
+    Raises ValueError that names the file and ends with `fix`, what to do.
 
     Refuses anything that is not a regular file: reading a pipe would wait forever.
     """

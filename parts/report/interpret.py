@@ -120,7 +120,7 @@ def _finite(logits):
     return logits
 
 
-# ------------------------------------------------------------------------------------------------ tokens for the eye
+# ------------------------------------------------------------------------------ tokens for the eye
 
 
 def ids_of(text: str, tokenizer, longest: int, last: bool):

@@ -2,8 +2,8 @@
 Before the first step: parameters, memory, disk and time of a GPT, by arithmetic on its shape.
 
 Nothing is built. Which tensors the forward pass keeps for the backward pass is counted from the
-code of gpt_train.py; a test compares the count with what autograd keeps, and the sum with the memory
-of real runs (docs/benchmarks.md). Letters as everywhere: B rows, T positions, C width, H heads, V
+code of gpt_train.py; a test compares the count with what autograd keeps, and the sum with the
+memory of real runs (docs/benchmarks.md). Letters as everywhere: B rows, T positions, C width, H heads, V
 vocabulary, L layers; bytes are bytes, GB are 10^9 of them.
 """
 
@@ -27,7 +27,11 @@ HOLES = 0.17
 
 
 def parameters_by_part(config) -> dict[str, int]:
-    """Trainable numbers of a GPT of this shape (a GPTConfig), by part; tied weights once. The sum is `count_parameters`."""
+    """
+    Parameters of a GPT of this shape (a GPTConfig), by part; tied weights are counted once.
+
+    The sum is `count_parameters`.
+    """
     C, L = config.n_embd, config.n_layer
     parts = {"token embedding": config.vocab_size * C, "positions": config.block_size * C}
     parts |= {
@@ -47,8 +51,8 @@ def flops_per_token(config) -> int:
     """
     Floating-point operations to train on one token at full context, forward and backward.
 
-    6 per weight of a matrix product (the head is one, looking up embeddings is none) and 12 L C T for
-    attention scores and values. Source: Chowdhery et al. 2022 (PaLM), appendix B.
+    6 per weight of a matrix product (the head is one, looking up embeddings is none), and
+    12 L C T for attention scores and values. Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """
     c = config
     n_weights = count_parameters(c) - (c.block_size + (0 if c.tied else c.vocab_size)) * c.n_embd
@@ -183,7 +187,9 @@ def seconds_of(
     call, of_all=lambda seconds: seconds, at_most_s: float = 20.0, times: int = 3
 ) -> float:
     """
-    Seconds that call() takes: the shortest of a few after a first one; the first one's where that takes too long to repeat.
+    Seconds that call() takes: the shortest of a few calls after a first one.
+
+    The first one's if it takes too long to repeat.
 
     of_all: seconds here -> one figure for all processes, which then call equally often.
     """

@@ -1,7 +1,8 @@
 """
-One line about how a run ended: weights, optimizer, every logged loss and the samples. For the fault harness.
+One line about how a run ended: weights, optimizer, every logged loss and the samples.
 
-Without torch, whose import would take longer than the run: the hashes are those of MANIFEST.json, compared with the files.
+For the fault harness. Without torch, whose import would take longer than the run: the hashes are
+those of MANIFEST.json, compared with the files.
 """
 
 import hashlib

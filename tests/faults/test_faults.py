@@ -1,11 +1,11 @@
 """
-The fault harness on the production trainer: killed at any instant it ends with the bits of the run left alone.
+The fault harness on the production trainer: killed at any instant, a run ends bit-identical.
 
     python -m pytest tests/faults                 # two of each kind
     python -m pytest tests/faults --nightly       # thirty of each kind on all
 
-The hash compared is that of weights, optimizer state, every logged loss and the samples (hash_run.py). The harness is not
-part of the project; without it these tests skip.
+The hash compared is that of weights, optimizer state, every logged loss and the samples
+(hash_run.py). The harness is not part of the project; without it these tests skip.
 """
 
 import re
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings(
 )  # the harness leaves files to the collector
 
 TARGETS, MANY = ("none", "thread", "ddp", "fsdp", "galore", "muon"), ("ddp", "fsdp")
-# test -> (targets every time, targets with --nightly); what else tells them apart is in test_advanced, test_fsdp and test_optim
+# test -> (targets every time, targets with --nightly)
 WHERE = {
     "test_kill": (TARGETS, TARGETS),
     "test_kill_before_file_events": (("none", "thread", "ddp", "galore", "muon"), TARGETS),
@@ -68,8 +68,8 @@ def n(request) -> int:
     return 30 if request.config.getoption("--nightly") else 2
 
 
-# torchrun reports ranks that ended with a traceback of its own, whose last line is a ruler. That report is also all that is seen of
-# the compiler, which DDP imports: it looks for tqdm and meets the harness, where a package that is missing would not be found.
+# torchrun reports ranks that ended with a traceback of its own, whose last line is a ruler. DDP
+# imports the compiler, which looks for matplotlib and meets the harness's "not installed".
 OF_TORCHRUN = re.compile(r"(traceback|matplotlib not installed: exit 1): =+$", re.IGNORECASE)
 
 
@@ -92,7 +92,7 @@ def test_signals(bench, n):
     if bench.t.name not in MANY:
         check(bench.signals(n))
         return
-    # to the ranks: torchrun itself looks every tenth of a second only, in which these ranks do ten steps
+    # to the ranks: torchrun itself only polls ten times a second, in which time they do ten steps
     check(bench.signals(n, scope="child"), many=True)
 
 
@@ -122,7 +122,7 @@ def test_hostile_files_and_places(bench, suite):
 
 
 def test_a_disk_that_refuses(bench, n, monkeypatch):
-    # the run goes on and tries again with each checkpoint, so it loses what it did since the last one that was written
+    # the run continues and retries at each checkpoint, so it loses the steps since the last one
     monkeypatch.setattr(bench.t, "save_every", 0)
     check(bench.disk(n), many=bench.t.name in MANY)
 
