@@ -3,8 +3,9 @@ Before the first step: parameters, memory, disk and time of a GPT, by arithmetic
 
 Nothing is built. Which tensors the forward pass keeps for the backward pass is counted from the
 code of gpt_train.py; a test compares the count with what autograd keeps, and the sum with the
-memory of real runs (docs/benchmarks.md). Letters as everywhere: B rows, T positions, C width, H heads, V
-vocabulary, L layers; bytes are bytes, GB are 10^9 of them.
+memory of real runs (docs/benchmarks.md).
+
+Letters: B rows, T positions, C width, H heads, V vocabulary, L layers. A GB is 10^9 bytes.
 """
 
 from __future__ import annotations
