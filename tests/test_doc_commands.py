@@ -272,8 +272,7 @@ def check_example(part: str, folder, line: str, monkeypatch, capsys) -> None:
     assert abs(first["val_loss"] - math.log(byte_tokenizer().vocab_size)) < 0.2, part
     assert len(uninterrupted) == 4 and uninterrupted[-1] < uninterrupted[0], part
 
-    shutil.rmtree(run_dir / "checkpoints/step_000004")  # as if it had been killed after step 2
-    (run_dir / "loss.png").unlink()
+    back_to_step_2(run_dir)
     if line.startswith("torchrun"):
         again = shell(line, folder).stdout
     else:
@@ -282,8 +281,44 @@ def check_example(part: str, folder, line: str, monkeypatch, capsys) -> None:
     assert losses(run_dir) == uninterrupted
     assert (run_dir / "loss.png").exists()
 
-    if part.endswith("A parallel strategy"):  # the gradients are the mean of both ranks'
+    if line.startswith("torchrun"):  # the gradients are the mean of both ranks'
         alone = line.replace("torchrun --nproc_per_node 2", "python")
+        alone = alone.replace("--parallel short", "--parallel none")
         alone = alone.replace("--batch_size 4", "--batch_size 8") + " --run_name alone"
         run_here(alone, folder, monkeypatch, capsys)
         assert uninterrupted == pytest.approx(losses(folder / "runs/alone"), rel=1e-3)
+
+
+def back_to_step_2(run_dir) -> None:
+    """The run of 4 steps as if it had been killed after step 2."""
+    shutil.rmtree(run_dir / "checkpoints/step_000004")
+    (run_dir / "loss.png").unlink()
+
+
+EXAMPLES = [
+    part
+    for part, lines in TO_RUN.items()
+    if part.startswith("docs/how-to-extend.md") and lines[-1][0].startswith("python")
+]
+
+
+@pytest.mark.parametrize("part", EXAMPLES)
+def test_every_example_runs_and_resumes_under_torchrun(part, tmp_path):
+    write(tmp_path / "my_texts/text.txt", prose_with_validation(1000))
+    for block in blocks(DOCS["docs/how-to-extend.md"], "python"):
+        write(tmp_path / block.split()[1], block)
+    *before, line = [line for line, _ in TO_RUN[part]]
+    line = shortened(line).replace("python ", "torchrun --nproc_per_node 2 ")
+    for name in ("pretraining_advanced.py", "prep_dataset.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for command in before:
+        assert shell(command, tmp_path).returncode == 0, command
+    results = [shell(line, tmp_path)]
+    run_dir = tmp_path / "runs" / re.search(r"--run_name (\w+)", line)[1]
+    uninterrupted = losses(run_dir)
+    back_to_step_2(run_dir)
+    results.append(shell(line, tmp_path))
+    for result in results:
+        assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr[-3000:]
+    assert "resumed from step 2" in results[1].stdout
+    assert len(uninterrupted) == 4 and losses(run_dir) == uninterrupted
