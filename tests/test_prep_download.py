@@ -93,3 +93,11 @@ def test_no_server_at_all_is_one_line(tmp_path):
     result = prepare(tmp_path, "--book_ids", "1", "2", "--mirror", "http://127.0.0.1:9")
     line = one_error_line(result, 2)
     assert "pg1.txt" in line and "refused" in line
+
+
+def test_a_missing_data_dir_is_reported_before_any_download(tmp_path):
+    with book_server(lambda path: (200, None, a_book(1))) as (url, asked, _):
+        flags = ("--book_ids", "1", "--data_dir", "nowhere", "--mirror", url)
+        line = one_error_line(prepare(tmp_path, *flags), 2)
+    assert "--data_dir: nowhere does not exist" in line and not asked
+    assert not list(tmp_path.iterdir())

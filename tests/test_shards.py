@@ -131,3 +131,15 @@ def test_validation_is_whole_and_the_last_row_is_filled_up(source, tmp_path):
         assert np.array_equal(targets[targets != -100], val.read(0, 1, len(val)))
     first = list(val_batches(val, 16, 4, 257, max_tokens=100))
     assert sum(int((b["targets"] != -100).sum()) for b in first) == 100
+
+
+def test_a_folder_is_called_damaged_only_if_it_had_token_shards(source, tmp_path):
+    for name, what in (("nowhere", "does not exist"), ("mine", "has no token shards")):
+        with pytest.raises(FileNotFoundError, match=f"{name}: {what}; give a folder") as e:
+            read_index(tmp_path / name)
+        assert "delete" not in str(e.value)
+        (tmp_path / "mine").mkdir(exist_ok=True)
+    made = prepare(source, tmp_path, dataset_subset="one")
+    (made / "index.json").unlink()
+    with pytest.raises(FileNotFoundError, match="index.json is missing; delete the folder"):
+        read_index(made)

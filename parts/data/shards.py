@@ -371,9 +371,14 @@ def read_index(folder) -> dict:
 def _published_index(folder: Path) -> dict:
     """An index of shards without index.json. Raises FileNotFoundError if there are none."""
     names = sorted(p.name for p in folder.glob("*.bin"))
-    if not names or (folder / "tokenizer.json").exists():
-        what = "no index.json; this is no folder of token shards, or it is damaged"
-        raise FileNotFoundError(f"{folder}: {what}: delete it and rebuild it")
+    if not names:
+        what = "has no token shards" if folder.exists() else "does not exist"
+        fix = "give a folder that prep_dataset.py tokenize wrote"
+        raise FileNotFoundError(f"{folder}: {what}; {fix}")
+    if (folder / "tokenizer.json").exists():  # published shards have none: a build that was damaged
+        raise FileNotFoundError(
+            f"{folder}: index.json is missing; delete the folder and rebuild it"
+        )
     return {
         "writer": None,
         "tokenizer": None,
