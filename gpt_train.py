@@ -400,7 +400,7 @@ def stream(
     cache, fresh = None, ids[:, -block_size:]  # fresh: what the model reads in the next call
     if use_cache and ids.shape[1] < block_size:
         capacity = min(block_size, ids.shape[1] + max_new_tokens)
-        cache = [LayerCache(capacity) for _ in model.h]
+        cache = [LayerCache(capacity) for _ in range(model.config.n_layer)]
     stopped = torch.zeros(ids.shape[0], 1, dtype=torch.bool, device=ids.device)
     try:
         for _ in range(max_new_tokens):

@@ -1,7 +1,7 @@
 """
 The key-value cache of attention, for sampling: earlier positions are not computed again.
 
-    cache = [LayerCache(capacity) for _ in model.h]    # one per block
+    cache = [LayerCache(capacity) for _ in range(n_layer)]    # one per block
     model(prompt, cache=cache)                         # fills it
     model(next_ids, cache=cache)                       # reads only the new positions, and adds them
 
