@@ -29,9 +29,9 @@ if __name__ == "__main__":  # before torch is imported, so that Ctrl-C leaves no
 import codecs
 import contextlib
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn as nn
@@ -42,14 +42,14 @@ from parts.base.machine import choose_dtype, pick_device
 from parts.cli.config import parse
 from parts.cli.launch import error_line, run_script
 from parts.data.tokenizers import Tokenizer
-from parts.model.few_row_matmul import Linear, product
+from parts.model.cpu_products import Linear, attend, product
+from parts.model.families import FAMILIES, Family, check_tensors, config_of, shell
 from parts.model.kv_cache import LayerCache
 from parts.model.losses import cross_entropy_of_head
 from parts.report import scoring
 from parts.report.compare import compare
 from parts.report.plots import draw_losses, draw_runs
 from parts.storage.checkpoint import load_checkpoint, newest_checkpoint
-from parts.storage.formats import shape_of
 from parts.training.metrics import read_metrics
 from parts.training.plan import count_parameters
 
@@ -60,6 +60,7 @@ from parts.training.plan import count_parameters
 class GPTConfig:
     """The shape of a GPT. The defaults are GPT-2's smallest size, 124M."""
 
+    family: ClassVar[str] = "gpt"
     vocab_size: int = 50257  # V, tokens
     block_size: int = 1024  # longest T the model can read, tokens
     n_layer: int = 12  # L, blocks
@@ -106,25 +107,6 @@ SIZES = {
 }
 
 
-def attends_in_products(device, dtype, T: int, dropout: float) -> bool:
-    """
-    Whether two matrix products and a softmax are faster than torch's attention kernel.
-
-    So in bf16 on CPUs, where the kernel's backward pass takes three times as long.
-    """
-    return device.type == "cpu" and dtype == torch.bfloat16 and T <= 512 and not dropout
-
-
-def _attention_in_products(q, k, v):
-    """Causal attention of q, k, v (B, H, T, D) -> (B, H, T, D); keeps (B, H, T, T) numbers."""
-    T, D = q.shape[2:]
-    # a softmax of bf16 is computed in fp32, and returned in bf16
-    with torch.autocast(q.device.type, enabled=False):
-        scores = (q / math.sqrt(D)) @ k.transpose(2, 3)  # (B, H, T, T)
-        later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-        return scores.masked_fill(later, -math.inf).softmax(dim=3) @ v
-
-
 class CausalSelfAttention(nn.Module):
     """Each position reads itself and earlier ones. Source: Vaswani et al. 2017, section 3.2."""
 
@@ -146,19 +128,11 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             seen = len(cache)
             k, v = cache.extend(k, v)  # (B, H, seen + T, D)
-        # is_causal aligns query 0 with key 0, which is wrong if there are keys before the first
-        # query: one query may see every key, several need a mask shifted by `seen` columns
+        # after earlier keys, one query may read every key; several need a mask shifted by `seen`
         mask = None
         if seen and T > 1:
             mask = torch.ones(T, seen + T, dtype=torch.bool, device=x.device).tril(seen)
-        dropout = self.dropout if self.training else 0.0
-        if attends_in_products(q.device, q.dtype, T, dropout) and not seen:
-            y = _attention_in_products(q, k, v)
-        else:
-            causal = not seen and T > 1
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal
-            )
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -254,6 +228,8 @@ class GPT(nn.Module):
             return product(x[:, -1:] if last else x, head)  # (B, T, V) or (B, 1, V)
         return cross_entropy_of_head(x.flatten(0, 1), head, targets.flatten())
 
+
+FAMILIES["gpt"] = Family(GPTConfig, GPT, Block, "h", SIZES)
 
 # --------------------------------------------------------------------------------- loss, evaluation
 
@@ -518,17 +494,7 @@ def plot_run(run_dir, vocab_size: int | None = None) -> None:
 # ----------------------------------------------------------------------- sampling from a checkpoint
 
 
-def shell(config: GPTConfig) -> GPT:
-    """A GPT without memory, to be filled with load_state_dict(..., assign=True)."""
-    normal_, nn.init.normal_ = nn.init.normal_, lambda tensor, *_, **__: tensor
-    try:  # for random numbers without memory torch imports its compiler, a second of every start
-        with torch.device("meta"):
-            return GPT(config)
-    finally:
-        nn.init.normal_ = normal_
-
-
-def load_model(path, device) -> tuple[GPT, Tokenizer, dict]:
+def load_model(path, device) -> tuple[nn.Module, Tokenizer, dict]:
     """
     (model in eval mode, tokenizer, trainer state) of a run's newest good checkpoint, or of one.
 
@@ -538,24 +504,13 @@ def load_model(path, device) -> tuple[GPT, Tokenizer, dict]:
     """
     folder = newest_checkpoint(path)
     tensors, state = load_checkpoint(folder)
-    family = state.get("family", "gpt")
-    if family != "gpt":
-        raise ValueError(
-            f"{folder}: holds a model of the family {str(family)[:50]!r}, this script reads 'gpt'; "
-            "use the script that trained it"
-        )
     try:
-        config = GPTConfig(**state["model_config"])
-        shape_of(tensors, asdict(config))  # before a model of whatever size is built
-        if len(tensors) != 12 * config.n_layer + (4 if config.tied else 5):
-            raise ValueError(f"{len(tensors)} tensors are too many or too few")
+        config = config_of(state)
+        check_tensors(tensors, config)  # before a model of whatever size is built
         model = shell(config)
         model.load_state_dict(tensors, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
-        reason = error_line(e)[:200]
-        raise ValueError(
-            f"{folder}: the weights are not those of a GPT of this project ({reason})"
-        ) from e
+        raise ValueError(f"{folder}: holds no model of this project: {error_line(e)[:300]}") from e
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(

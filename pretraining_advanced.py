@@ -38,14 +38,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from gpt_train import (
-    GPT,
-    Block,
-    GPTConfig,
-    attends_in_products,
-    plot_run,
-    sample_text,
-)
+from gpt_train import plot_run, sample_text
 from parts.base.dtypes import DTYPES
 from parts.base.machine import (
     attention_kernel,
@@ -60,6 +53,8 @@ from parts.cli.launch import error_line, run_script
 from parts.data.batches import Prefetch, RowBatches, TrainBatches, cut, stir, val_batches
 from parts.data.shards import Shards, content_hash, read_index
 from parts.data.tokenizers import Tokenizer, gpt2_tokenizer, vocabulary_of
+from parts.model.cpu_products import attends_in_products
+from parts.model.families import FAMILIES, config_of, shape_of_size, shape_to_continue
 from parts.model.losses import compile_softmax
 from parts.storage import checkpoint
 from parts.training.contract import check_job
@@ -113,9 +108,7 @@ class RunConfig:
     min_lr: float | None = None  # learning rate at the end; None: a tenth of max_lr
     warmup_steps: int | None = None  # steps up to max_lr; None: a tenth of the run, at most 2000
     warmup_ratio: float | None = None  # share of the steps, in place of warmup_steps
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = (
-        "cosine"  # wsd: decay only at the end
-    )
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # wsd: decay at the end
     weight_decay: float = 0.1  # on matrices only
     max_grad_norm: float = 1.0  # clip the global norm of the gradient; 0: do not clip
     optimizer: Literal["adamw", "galore", "galore8bit", "muon"] = "adamw"  # of the blocks' matrices
@@ -186,9 +179,12 @@ class TrainConfig(RunConfig):
     eval_tokens: int | None = None  # evaluate on the first so many tokens; None: all
     streaming: bool = True  # read from the hub on the fly; else download the whole subset first
     # model
-    model_size: str = "124M"  # nano, micro, mini, small, 124M, 355M, 774M or 1558M
+    # GPT: nano micro mini small 124M 355M 774M 1558M; Llama: llama-nano llama-micro llama-mini
+    # llama-small llama-130m llama-350m llama-1b
+    model_size: str = "124M"
     n_layer: int | None = None  # blocks; None: as in model_size
     n_head: int | None = None  # attention heads per block; None: as in model_size
+    n_kv_head: int | None = None  # key-value heads per block of a Llama; None: as in model_size
     n_embd: int | None = None  # width; None: as in model_size
     context_length: int = 1024  # tokens the model can see at once
     dropout: float = 0.0  # share of activations zeroed while training
@@ -297,20 +293,21 @@ def _tokenizer_of_published(config: TrainConfig) -> Tokenizer:
 
 def gpt_job(config: TrainConfig, building) -> Job:
     """
-    A GPT, made in the context `building`, and the text that the configuration names.
+    A GPT or Llama, made in the context `building`, and the text that the configuration names.
 
     Raises ValueError or FileNotFoundError for data or sizes that cannot be used.
     """
-    GPTConfig.of_size(config.model_size)  # a wrong size is reported before hours of tokenising
+    model_shape(config, 256)  # wrong flags are reported before hours of tokenising
     text = open_text(config, required=False)
     T = config.context_length
     V = text.tokenizer.vocab_size if text else vocabulary_of(config.tokenizer)
     shape = model_shape(config, V)
     weights = initial_weights(config, text.tokenizer) if config.init_from and text else None
     torch.manual_seed(config.seed)
+    family = FAMILIES[shape.family]
     with building:  # only the model: reading text makes tensors, too
-        model = GPT(shape)
-    if weights and not model.wte.weight.is_meta:
+        model = family.model(shape)
+    if weights and not next(model.parameters()).is_meta:
         model.load_state_dict(weights)
 
     def plan(setting: Setting, memory_gb: float | None) -> tuple[list[str], bool]:
@@ -320,7 +317,7 @@ def gpt_job(config: TrainConfig, building) -> Job:
         lines, fits = plan_lines(shape, setting, memory_gb, config.galore_rank)
         kernel = "two products and a softmax, faster than torch's kernel here"
         if not in_products and not memory_gb:
-            heads = (shape.n_head, shape.n_embd // shape.n_head)
+            heads = (shape.n_head, getattr(shape, "head_dim", shape.n_embd // shape.n_head))
             kernel = attention_kernel(*heads, T, device, dtype, config.dropout)
         return lines if memory_gb else [*lines, f"attention: {kernel}"], fits
 
@@ -329,12 +326,12 @@ def gpt_job(config: TrainConfig, building) -> Job:
         return {"inputs": ids, "targets": ids}
 
     job = Job(
-        family="gpt",
+        family=shape.family,
         model=model,
         train_batches=None,
         val_batches=None,
         loss_fn=gpt_loss,
-        blocks=(Block,),
+        blocks=(family.block,),
         flops_per_token=flops_per_token(shape),
         tokens_per_row=T,
         facts={"model_config": asdict(shape)},
@@ -365,27 +362,19 @@ def gpt_loss(model, batch) -> torch.Tensor:
     return model(batch["inputs"], batch["targets"])
 
 
-def model_shape(config: TrainConfig, vocab_size: int) -> GPTConfig:
+def model_shape(config: TrainConfig, vocab_size: int):
     """The shape that the flags ask for, or that of --init_from. Raises ValueError on conflict."""
-    names = ("n_layer", "n_head", "n_embd")
+    names = ("n_layer", "n_head", "n_kv_head", "n_embd", "dropout")
     asked = {name: getattr(config, name) for name in names if getattr(config, name)}
     if not config.init_from:
-        sizes = {"vocab_size": vocab_size, "block_size": config.context_length}
-        sizes |= {"dropout": config.dropout, **asked}
-        return GPTConfig.of_size(config.model_size, **sizes)
+        asked |= {"vocab_size": vocab_size, "block_size": config.context_length}
+        return shape_of_size(config.model_size, asked)
     folder = checkpoint.newest_checkpoint(config.init_from)
-    shape = checkpoint.read_state(folder).get("model_config", {}) | {"dropout": config.dropout}
-    if wrong := [f"--{name} {value}" for name, value in asked.items() if value != shape.get(name)]:
-        raise ValueError(
-            f"--init_from: {folder} has another shape than {' '.join(wrong)}; leave these flags out"
-        )
-    longest = shape.get("block_size", 0)
-    if config.context_length > longest:
-        raise ValueError(
-            f"--context_length: {config.context_length} is more than the {longest} of {folder}; "
-            "give less"
-        )
-    return GPTConfig(**shape)
+    try:
+        found = config_of(checkpoint.read_state(folder))
+        return shape_to_continue(found, asked, config.context_length)
+    except ValueError as e:
+        raise ValueError(f"--init_from: {folder}: {e}") from e
 
 
 def initial_weights(config: TrainConfig, tokenizer: Tokenizer) -> dict:

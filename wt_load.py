@@ -30,22 +30,26 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import reprlib
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
 
-from gpt_train import GPT, SIZES, GPTConfig, load_model, shell
+from gpt_train import SIZES, GPTConfig, load_model
 from parts.base.dtypes import DTYPES
 from parts.base.files import fsync, make_folder, read_json, rename_durably, sha256_of
 from parts.cli.config import parse
 from parts.cli.launch import error_line, run_script
 from parts.data.tokenizers import Tokenizer, gpt2_tokenizer
-from parts.storage import formats
+from parts.model.families import check_tensors, config_of, shell
+from parts.model.llama import LlamaConfig
+from parts.storage import formats, hf_llama
 from parts.storage.checkpoint import (
     list_checkpoints,
     load_checkpoint,
@@ -56,6 +60,7 @@ from parts.storage.checkpoint import (
     verify_checkpoint,
 )
 from parts.storage.formats import Stored
+from parts.storage.gguf_format import write_gguf
 from parts.storage.tf_bundle import find_prefix
 from parts.training.plan import count_parameters
 
@@ -132,12 +137,14 @@ class AverageConfig:
 
 # ------------------------------------------------------------------------------------------ reading
 
+TOKENIZER_FILES = ("tokenizer.json", "vocab.bpe", "merges.txt", "vocab.json", "tokenizer.model")
+
 
 @dataclass
 class Weights:
-    """A GPT in any format."""
+    """A model in any format."""
 
-    config: GPTConfig
+    config: GPTConfig | LlamaConfig
     tensors: dict[str, Stored]  # by our names
     tokenizer_path: Path | None  # a tokenizer beside the weights
     facts: dict  # trainer state of a checkpoint of this project, or "kind" and "source" of another
@@ -145,7 +152,7 @@ class Weights:
 
 def open_weights(source: str, n_head: int | None = None) -> Weights:
     """
-    The GPT at `source`: a run or checkpoint folder, weights of another project, or hf:NAME.
+    The model at `source`: a run or checkpoint folder, weights of another project, or hf:NAME.
 
     Reads names and shapes only, and an output head that may be the embedding. Raises
     FileNotFoundError or ValueError if there are no weights, if they are damaged or of another
@@ -159,14 +166,31 @@ def open_weights(source: str, n_head: int | None = None) -> Weights:
     if os.path.lexists(path / "MANIFEST.json") or (path / "checkpoints").is_dir():
         return _open_checkpoint(newest_checkpoint(path))
     tensors, settings, kind = _read_format(path)
-    _check_arithmetic(settings, path)
     try:
-        named = formats.our_names(tensors)
-        shape = formats.shape_of(named, settings)
-        config = GPTConfig(**shape, n_head=_n_head(shape, settings, n_head))
+        if settings.get("model_type") in hf_llama.MODEL_TYPES:
+            config, named = _llama_of(tensors, settings)
+        else:
+            config, named = _gpt_of(tensors, settings, n_head)
+        check_tensors(named, config)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
-    config.tied = config.tied or _head_is_embedding(named)
+    folder = path if path.is_dir() else path.parent
+    beside = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
+    tokenizer_path = folder if beside else None
+    return Weights(config, named, tokenizer_path, {"kind": kind, "source": source})
+
+
+def _gpt_of(tensors: dict, settings: dict, n_head: int | None) -> tuple[GPTConfig, dict]:
+    """(shape, tensors by our names) of a GPT-2. Raises ValueError if it is none."""
+    _check_arithmetic(settings)
+    if not settings and any(name.endswith(".self_attn.q_proj.weight") for name in tensors):
+        raise ValueError(
+            "its tensors are those of a Llama, but it has no config.json; give the complete folder"
+        )
+    named = formats.our_names(tensors)
+    shape = formats.shape_of(named, settings)
+    config = GPTConfig(**shape, n_head=_n_head(shape, settings, n_head))
+    config.tied = config.tied or _head_is_embedding(named, "wte.weight")
     if config.tied:
         named.pop("lm_head.weight", None)
     if settings.get("bias") is False:  # nanoGPT's option: the same model with biases of zero
@@ -174,25 +198,34 @@ def open_weights(source: str, n_head: int | None = None) -> Weights:
             if name.endswith(".weight") and name.startswith(("h.", "ln_f")) and named[name].shape:
                 bias = name.removesuffix("weight") + "bias"
                 named.setdefault(bias, formats.zeros(named[name].shape[0]))
-    _check_tensors(config, named, path)
-    folder = path if path.is_dir() else path.parent
-    names = ("tokenizer.json", "vocab.bpe", "merges.txt")
-    tokenizer_path = next((folder / name for name in names if (folder / name).exists()), None)
-    return Weights(config, named, tokenizer_path, {"kind": kind, "source": source})
+    return config, named
+
+
+def _llama_of(tensors: dict, settings: dict) -> tuple[LlamaConfig, dict]:
+    """(shape, tensors) of a Llama, Qwen2 or Mistral. Raises ValueError for other arithmetic."""
+    config = hf_llama.config_of_settings(settings)
+    named = {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    if config.tied and "lm_head.weight" in named:
+        if not _head_is_embedding(named, "model.embed_tokens.weight"):
+            raise ValueError(
+                "config.json says tie_word_embeddings, but lm_head.weight is not the embedding; "
+                "correct config.json"
+            )
+        named.pop("lm_head.weight")
+    return config, named
 
 
 def _open_checkpoint(folder: Path) -> Weights:
-    """The GPT in a checkpoint folder of this project that was verified."""
+    """The model in a checkpoint folder of this project that was verified."""
     tensors, state = load_checkpoint(folder)
     try:
-        config = GPTConfig(**state["model_config"])
-        formats.shape_of(tensors, asdict(config))
-    except (KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{folder}: holds no GPT of this project ({error_line(e)[:300]})") from e
+        config = config_of(state)
+        check_tensors(tensors, config)
+    except ValueError as e:
+        raise ValueError(f"{folder}: holds no model of this project: {str(e)[:300]}") from e
     named = {}
     for name, t in tensors.items():
         named[name] = Stored(tuple(t.shape), lambda _transposed, t=t: t.detach(), str(t.dtype))
-    _check_tensors(config, named, folder)
     return Weights(config, named, folder, {"checkpoint": str(folder), **state})
 
 
@@ -223,17 +256,19 @@ ARITHMETIC = {
 }
 
 
-def _check_arithmetic(settings: dict, path) -> None:
+def _check_arithmetic(settings: dict) -> None:
     """Refuse a configuration that computes something else from the same tensors."""
-    family = settings.get("model_type", "gpt2")
-    if family != "gpt2":
-        what = f"a model of type {reprlib.repr(family)}, not gpt2"
-        raise ValueError(f"{path}: {what}; use a recipe for other families")
+    kind = settings.get("model_type", "gpt2")
+    if kind != "gpt2":
+        known = ", ".join(("gpt2", *hf_llama.MODEL_TYPES))
+        raise ValueError(
+            f"a model of type {reprlib.repr(kind)}, not {known}; use a recipe for other families"
+        )
     for name, supported in ARITHMETIC.items():
         value = settings.get(name, supported[0])
         if value not in supported:
             what = f"{name} is {reprlib.repr(value)}, this GPT computes with {supported[0]!r}"
-            raise ValueError(f"{path}: {what}; use weights trained with that")
+            raise ValueError(f"{what}; use weights trained with that")
 
 
 def _n_head(shape: dict, settings: dict, n_head: int | None) -> int:
@@ -248,26 +283,14 @@ def _n_head(shape: dict, settings: dict, n_head: int | None) -> int:
     return H
 
 
-def _head_is_embedding(named: dict[str, Stored]) -> bool:
-    head, embedding = named.get("lm_head.weight"), named["wte.weight"]
-    if head is None or head.shape != embedding.shape:
+def _head_is_embedding(named: dict[str, Stored], embedding_name: str) -> bool:
+    head, embedding = named.get("lm_head.weight"), named.get(embedding_name)
+    if head is None or embedding is None or head.shape != embedding.shape:
         return False
     return torch.equal(head.read(), embedding.read())
 
 
-def _check_tensors(config: GPTConfig, named: dict[str, Stored], path) -> None:
-    """Raises ValueError with a list of the tensors that do not fit the config."""
-    # All blocks have the same shapes; building thousands of them would take minutes.
-    shapes = shell(replace(config, n_layer=1)).state_dict()
-    block = [name.removeprefix("h.0.") for name in shapes if name.startswith("h.0.")]
-    expected = {name: tuple(t.shape) for name, t in shapes.items() if not name.startswith("h.0.")}
-    for i in range(config.n_layer):
-        expected |= {f"h.{i}.{name}": tuple(shapes[f"h.0.{name}"].shape) for name in block}
-    if wrong := formats.differences(named, expected):
-        raise ValueError(f"{path}: does not fit a GPT-2 of its size: {'; '.join(wrong)}")
-
-
-def load_gpt(source: str, n_head: int | None = None) -> GPT:
+def load_gpt(source: str, n_head: int | None = None) -> torch.nn.Module:
     """
     The model of weights in any format, in fp32 and eval mode, on the CPU.
 
@@ -290,7 +313,8 @@ def from_hub(name: str) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     def download(weights: str) -> Path:
-        files = ["config.json", "tokenizer.json", "merges.txt", "vocab.bpe", weights]
+        files = ["config.json", "added_tokens.json", "tokenizer_config.json", *TOKENIZER_FILES]
+        files.append(weights)
         return Path(snapshot_download(name, allow_patterns=files, etag_timeout=10))
 
     try:
@@ -327,6 +351,7 @@ def import_weights(config: ImportConfig) -> None:
     tensors = {name: t.read().float() for name, t in weights.tensors.items()}
     state = {
         "script": "wt_load.py",
+        "family": weights.config.family,
         "step": 0,
         "tokens": 0,
         "model_config": asdict(weights.config),
@@ -379,14 +404,11 @@ def tokenizer_of(weights: Weights, spec: str | None) -> Tokenizer:
 
 # ------------------------------------------------------------------------------------------- export
 
-EXPORTED = {  # files of an export to hf
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "README.md",
-}
+# files of an export to hf
+EXPORTED = re.compile(
+    r"(generation_|tokenizer_)?config\.json|tokenizer\.json|README\.md"
+    r"|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+)
 LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) at Hugging Face
 MAX_FP16 = 65504
 
@@ -431,7 +453,8 @@ def _check_target(kind: str, target: Path, force: bool) -> None:
         raise ValueError(
             f"--to: {target} is a {found}, {kind} writes a {needed}; name another place"
         )
-    if target.is_dir() and (others := {f.name for f in target.iterdir()} - EXPORTED):
+    others = [f.name for f in target.iterdir()] if target.is_dir() else []
+    if others := [name for name in others if not EXPORTED.fullmatch(name)]:
         raise ValueError(
             f"--to: {target} also holds {min(others)}, which would be deleted; name another place"
         )
@@ -441,37 +464,20 @@ def _delete(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _to_hf(
-    folder: Path, config: GPTConfig, tensors: dict, dtype, tokenizer: Tokenizer, state: dict
-) -> None:
-    from safetensors.torch import save_file
-
+def _to_hf(folder: Path, config, tensors: dict, dtype, tokenizer: Tokenizer, state: dict) -> None:
     folder.mkdir()
     named = {}
     for name, t in tensors.items():
-        theirs = name if name == "lm_head.weight" else f"transformer.{name}"
-        t = t.t() if name.endswith(LINEAR) else t
-        named[theirs] = t.to(dtype).contiguous()
-    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # the library makes it readable for its owner only
+        named[name] = Stored(tuple(t.shape), partial(formats.in_memory, t))
+    if config.family == "gpt":
+        settings = _settings_of_gpt(config)
+        named = {n: t.transpose() if n.endswith(LINEAR) else t for n, t in named.items()}
+        named = {n if n.startswith("lm_") else f"transformer.{n}": t for n, t in named.items()}
+    else:
+        settings = hf_llama.settings_of_config(config)
+    formats.write_folder(folder, named, dtype)
     ids = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
-    settings = {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "dtype": str(dtype).removeprefix("torch."),
-        **ids,
-        "vocab_size": config.vocab_size,
-        "n_positions": config.block_size,
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "tie_word_embeddings": config.tied,
-        "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-    }
+    settings |= {"dtype": str(dtype).removeprefix("torch."), **ids}
     tokenizer_settings = {
         "bos_token": tokenizer.eot_text,
         "eos_token": tokenizer.eot_text,
@@ -490,12 +496,31 @@ def _to_hf(
     (folder / "README.md").write_text(model_card(config, tokenizer, state), encoding="utf-8")
 
 
+def _settings_of_gpt(config: GPTConfig) -> dict:
+    """The config.json of a GPT, for transformers."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": config.tied,
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+    }
+
+
 CARD = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
 ---
-# A GPT-2
+# A {kind}
 
 | | |
 |---|---|
@@ -527,83 +552,27 @@ def model_card(config: GPTConfig, tokenizer: Tokenizer, state: dict) -> str:
         if settings.get(name, "") != "":
             facts[name] = settings[name]
     rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
-    return CARD.format(rows=rows, eot=tokenizer.eot_text)
+    kind = {"gpt": "GPT-2", "llama": "Llama"}[config.family]
+    return CARD.format(kind=kind, rows=rows, eot=tokenizer.eot_text)
 
 
-def _to_gguf(
-    file: Path, config: GPTConfig, tensors: dict, dtype, tokenizer: Tokenizer, state: dict
-) -> None:
-    try:
-        import gguf
-    except ImportError as e:
-        raise ValueError("--to gguf: needs the package gguf; pip install gguf") from e
-    c, writer = config, gguf.GGUFWriter(file, "gpt2")
-    writer.add_name(f"gpt2-{c.n_layer}x{c.n_embd}-step-{state['step']}")
-    writer.add_context_length(c.block_size)
-    writer.add_embedding_length(c.n_embd)
-    writer.add_feed_forward_length(4 * c.n_embd)
-    writer.add_block_count(c.n_layer)
-    writer.add_head_count(c.n_head)
-    writer.add_layer_norm_eps(1e-5)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_bos_token_id(tokenizer.eot)
-    writer.add_eos_token_id(tokenizer.eot)
-    writer.add_add_bos_token(True)  # a document begins with it, as in training
-    spec = json.loads(tokenizer.to_json())
-    pieces = {i: piece for piece, i in spec["model"]["vocab"].items()}
-    special = {i: text for text, i in tokenizer.special.items()}
-    texts = pieces | special
-    writer.add_token_list([texts.get(i, f"[PAD{i}]") for i in range(c.vocab_size)])
-    types = dict.fromkeys(pieces, gguf.TokenType.NORMAL)
-    types |= dict.fromkeys(special, gguf.TokenType.CONTROL)
-    writer.add_token_types([types.get(i, gguf.TokenType.UNUSED) for i in range(c.vocab_size)])
-    writer.add_token_merges([" ".join(merge) for merge in spec["model"]["merges"]])
-    kinds = {
-        torch.float32: gguf.GGMLQuantizationType.F32,
-        torch.float16: gguf.GGMLQuantizationType.F16,
-        torch.bfloat16: gguf.GGMLQuantizationType.BF16,
-    }
-    writer.add_file_type({torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}[dtype])
-    for name, t in tensors.items():
-        # llama.cpp adds biases, norms and positions, and needs them in fp32
-        t = t.float() if t.ndim < 2 or name == "wpe.weight" else t.to(dtype)
-        raw = t.view(torch.int16).numpy().view("uint8") if t.dtype == torch.bfloat16 else t.numpy()
-        writer.add_tensor(gguf_name(name), raw, raw_dtype=kinds[t.dtype])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def _to_gguf(file: Path, config, tensors: dict, dtype, tokenizer: Tokenizer, state: dict) -> None:
+    _refuse_other_families("gguf", config)
+    write_gguf(file, config, tensors, dtype, tokenizer, state["step"])
 
 
-GGUF_NAMES = {  # ours -> llama.cpp's
-    "wte.weight": "token_embd.weight",
-    "wpe.weight": "position_embd.weight",
-    "lm_head.weight": "output.weight",
-    "ln_f.weight": "output_norm.weight",
-    "ln_f.bias": "output_norm.bias",
-}
-GGUF_BLOCK_NAMES = {
-    "ln_1": "attn_norm",
-    "attn.c_attn": "attn_qkv",
-    "attn.c_proj": "attn_output",
-    "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
-}
-
-
-def gguf_name(name: str) -> str:
-    """llama.cpp's name of one of our tensors."""
-    if name in GGUF_NAMES:
-        return GGUF_NAMES[name]
-    _, i, *module, kind = name.split(".")
-    return f"blk.{i}.{GGUF_BLOCK_NAMES['.'.join(module)]}.{kind}"
+def _refuse_other_families(kind: str, config) -> None:
+    if config.family != "gpt":
+        raise ValueError(
+            f"--to {kind}: writes a GPT-2, this is a {config.family}; use --to hf"
+            + (", and llama.cpp's convert_hf_to_gguf.py on the result" if kind == "gguf" else "")
+        )
 
 
 def _to_nanogpt(
-    file: Path, config: GPTConfig, tensors: dict, dtype, tokenizer: Tokenizer, state: dict
+    file: Path, config, tensors: dict, dtype, tokenizer: Tokenizer, state: dict
 ) -> None:
+    _refuse_other_families("nanogpt", config)
     if not config.tied:
         what = "its output head is the embedding, this model has a separate one"
         raise ValueError(f"--to nanogpt: {what}; use --to hf")
@@ -646,9 +615,13 @@ def info(config: InfoConfig) -> None:
         writer = f"family {facts['family']}"
     kind = facts.get("kind", f"checkpoint of {writer}")
     print(f"{facts.get('checkpoint', config.path)}: {kind}")
-    shape = f"{c.n_layer} blocks, {c.n_head} heads, width {c.n_embd}, context {c.block_size}"
+    heads = f"{c.n_head} heads"
+    if c.family == "llama" and c.n_kv_head != c.n_head:
+        heads += f" with {c.n_kv_head} keys and values"
+    shape = f"{c.n_layer} blocks, {heads}, width {c.n_embd}, context {c.block_size}"
     head = "tied head" if c.tied else "separate head"
-    print(f"model: GPT-2, {shape}, vocabulary {c.vocab_size:,}, {head}")
+    kind = {"gpt": "GPT-2", "llama": "Llama"}[c.family]
+    print(f"model: {kind}, {shape}, vocabulary {c.vocab_size:,}, {head}")
     n = count_parameters(c)
     print(f"parameters: {n:,}, {4 * n / 1e6:,.1f} MB in fp32")
     if "checkpoint" in facts:

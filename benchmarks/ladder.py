@@ -22,6 +22,7 @@ from train_step import forget_peak, ours, peak_bytes
 import gpt_train
 import parts.training.engine
 import parts.training.optim
+from parts.model import cpu_products
 from parts.training.metrics import peak_flops
 from parts.training.plan import flops_per_token
 
@@ -59,7 +60,7 @@ def climb(args) -> None:
     if "TF32" in on:
         torch.set_float32_matmul_precision("high")
     if "attention as products" not in on:
-        gpt_train.attends_in_products = lambda *_: False
+        cpu_products.attends_in_products = lambda *_: False
     if "loss in blocks" not in on:
         gpt_train.cross_entropy_of_head = whole_logits
     if "fused AdamW" not in on:

@@ -480,7 +480,7 @@ WORDS = [
         "parts/report/scoring.py",
     ),
     ("hub", "huggingface.co, a site with models and texts to download", "prep_dataset.py"),
-    ("kernel", "the machine code for one operation on a device", "gpt_train.py"),
+    ("kernel", "the machine code for one operation on a device", "parts/model/cpu_products.py"),
     (
         "LayerNorm",
         (
@@ -547,6 +547,25 @@ WORDS = [
         "docs/benchmarks.md",
     ),
     ("seed", "the number that random numbers start from: same seed, same run", SIMPLE),
+    (
+        "RMSNorm",
+        "dividing a vector by the root of the mean of its squares; a LayerNorm without the mean",
+        "parts/model/llama.py",
+    ),
+    (
+        "rotary",
+        (
+            "of positions: queries and keys are turned by an angle that grows with the position, "
+            "so that attention depends on distances"
+        ),
+        "parts/model/llama.py",
+    ),
+    ("SwiGLU", "an MLP in which one half, after SiLU, scales the other", "parts/model/llama.py"),
+    (
+        "grouped query",
+        "attention in which several query heads share a key and a value",
+        "parts/model/llama.py",
+    ),
     (
         "softmax",
         "exponentials divided by their sum: turns scores into probabilities",

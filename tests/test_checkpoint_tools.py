@@ -165,7 +165,7 @@ def test_training_goes_on_from_imported_weights(trained, tmp_path):
     assert second[0]["val_loss"] == pytest.approx(first[-1]["val_loss"], rel=1e-6)
     for message, flags in (
         ("another tokenizer", ("--tokenizer", "bytes")),
-        ("leave these flags out", (*words, "--n_layer", "5")),
+        ("--n_layer: 5 is another shape than 2", (*words, "--n_layer", "5")),
         ("--context_length: 128 is more than the 64", (*words, "--context_length", "128")),
     ):
         result = run(*line, *flags, "--run_name", "third", cwd=trained)

@@ -326,9 +326,10 @@ def test_the_model_can_be_copied_with_torch_and_two_modules_of_ours(tmp_path):
     section = source[start : source.index("# ---", start + 90)]
     head = "from __future__ import annotations\nimport math\nfrom dataclasses import dataclass\n"
     head += "import torch\nimport torch.nn as nn\nimport torch.nn.functional as F\n"
-    head += "from few_row_matmul import Linear, product\nfrom losses import cross_entropy_of_head\n"
+    head += "from typing import ClassVar\nfrom cpu_products import Linear, attend, product\n"
+    head += "from losses import cross_entropy_of_head\n"
     (tmp_path / "model.py").write_text(head + section, encoding="utf-8")
-    for name in ("few_row_matmul", "losses"):
+    for name in ("cpu_products", "losses"):
         shutil.copy(ROOT / f"parts/model/{name}.py", tmp_path)
     torch.save(tiny_model().state_dict(), tmp_path / "weights.pt")
     ids = torch.randint(97, (2, 12))

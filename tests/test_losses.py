@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpt_train
 from gpt_train import GPT, Block, GPTConfig
-from parts.model import losses
+from parts.model import cpu_products, losses
 from parts.model.losses import cross_entropy_of_head
 from parts.training.optim import Optimizer
 
@@ -166,7 +166,7 @@ def test_on_a_gpu_the_head_takes_few_kernels():
 def test_on_a_gpu_a_step_of_124m_takes_few_kernels(monkeypatch):
     """The blocks on the CPU, small, in bf16, with torch's attention kernel; the head as above."""
     monkeypatch.setattr(gpt_train, "cross_entropy_of_head", lambda x, *_: x.float().sum())
-    monkeypatch.setattr(gpt_train, "attends_in_products", lambda *_: False)
+    monkeypatch.setattr(cpu_products, "attends_in_products", lambda *_: False)
     # tied=False: the gradient of the embedding is dense, as on a GPU
     shape = GPTConfig(vocab_size=64, block_size=16, n_layer=12, n_head=2, n_embd=16, tied=False)
     model = GPT(shape)

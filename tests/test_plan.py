@@ -15,9 +15,10 @@ import pytest
 import torch
 from conftest import GPT2_CACHE, ROOT, TINY, one_error_line, ranks, run
 
-from gpt_train import GPT, SIZES, Block, GPTConfig, attends_in_products
+from gpt_train import GPT, SIZES, Block, GPTConfig
 from parts.base.dtypes import DTYPES
 from parts.base.units import format_bytes, format_duration
+from parts.model.cpu_products import attends_in_products
 from parts.training.engine import recompute_in_backward
 from parts.training.optim import predicted_state_bytes
 from parts.training.plan import (

@@ -151,7 +151,7 @@ def test_what_scoring_refuses(home, tmp_path):
         gpt2: "ids that the checkpoint's tokenizer does not have",
         published(tmp_path / "train", [5, 6, 7], "train"): "has no tokens for validation",
         published(tmp_path / "one", [5]): "the text to score has 1 tokens",
-        broken: f"{broken / 'fineweb_val_000000.bin'}: damaged: 1,100 bytes",
+        broken: f"{broken / 'fineweb_val_000000.bin'}: has 1,100 bytes",
     }.items():
         assert message in refused(sample, "--checkpoint", home / "a", "--eval", given), given
     line = ("--checkpoint", home / "a", "--eval", ROOT / "LICENSE")
@@ -175,7 +175,7 @@ QUESTIONS = [
     ("not json\n", "line 1 is not a HellaSwag item (not JSON)"),
     ("[" * 100_000, "(not JSON)"),
     ("{}\n", "it has to have activity_label"),
-    (json.dumps(ITEM) + "\n" + json.dumps(ITEM)[:-9], "line 2 is no item"),
+    (json.dumps(ITEM) + "\n" + json.dumps(ITEM)[:-9], "line 2 is not a HellaSwag item"),
     (json.dumps(ITEM | {"endings": ["a"]}), "4 endings"),
     (json.dumps(ITEM | {"label": ""}), "give the validation part"),
     (LONG_ENDINGS, "its longest ending has 101 tokens, this model reads 32"),

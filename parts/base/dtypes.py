@@ -18,3 +18,6 @@ SAFETENSORS_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+# formats that weights may have, by torch's name and by that in a safetensors file
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FLOAT_NAMES = {str(dtype) for dtype in FLOATS} | {SAFETENSORS_NAMES[dtype] for dtype in FLOATS}

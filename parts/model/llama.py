@@ -22,12 +22,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from parts.model.few_row_matmul import Linear, product
+from parts.model.cpu_products import Linear, attend, product
 from parts.model.kv_cache import LayerCache
 from parts.model.losses import cross_entropy_of_head
 
@@ -36,6 +37,7 @@ from parts.model.losses import cross_entropy_of_head
 class LlamaConfig:
     """The shape of a Llama, Qwen2 or Mistral. The defaults are Llama 1's smallest size, 7B."""
 
+    family: ClassVar[str] = "llama"
     vocab_size: int = 32000  # V, tokens
     block_size: int = 2048  # longest T the model can read, tokens
     n_layer: int = 32  # L, blocks
@@ -86,6 +88,11 @@ class LlamaConfig:
         if "n_embd" in changes:  # the MLP as much wider as in the named size, in steps of 16
             width = SIZES[name][4] * changes["n_embd"] / SIZES[name][3]
             shape = {"n_hidden": 16 * max(1, round(width / 16)), **changes} | shape
+        if shape["n_embd"] % shape["n_head"]:
+            raise ValueError(
+                f"LlamaConfig: n_embd {shape['n_embd']} is not a multiple of n_head "
+                f"{shape['n_head']}; change one of them"
+            )
         return cls(**{"head_dim": shape["n_embd"] // shape["n_head"], **shape})
 
 
@@ -141,29 +148,6 @@ def attention_mask(config: LlamaConfig, start: int, T: int, documents, device):
     return mask
 
 
-def attend(q, k, v, mask):
-    """q (B, H, T, D), k and v (B, K, keys, D), mask as from attention_mask -> (B, H, T, D)."""
-    B, H, T, D = q.shape
-    K, n_keys = k.shape[1:3]
-    in_products = q.device.type == "cpu" and q.dtype == torch.bfloat16 and n_keys <= 512
-    if not in_products:
-        causal = mask is None and T > 1
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=K != H
-        )
-    # Faster than torch's kernel there. The query heads of one key head are further rows.
-    with torch.autocast(q.device.type, enabled=False):
-        q = (q / math.sqrt(D)).reshape(B, K, H // K * T, D)
-        scores = (q @ k.transpose(2, 3)).view(B, K, H // K, T, n_keys)
-        if mask is None and T > 1:
-            mask = torch.ones(T, n_keys, dtype=torch.bool, device=q.device).tril()
-        if mask is not None:
-            mask = mask if mask.ndim == 2 else mask[:, :, None]
-            scores = scores.masked_fill(~mask, -math.inf)
-        probabilities = scores.softmax(dim=4).view(B, K, H // K * T, n_keys)
-        return (probabilities @ v).view(B, H, T, D)
-
-
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions."""
 
@@ -179,6 +163,7 @@ class Attention(nn.Module):
     def forward(self, x, rotation, mask, cache: LayerCache | None = None):
         """x (B, T, C) -> (B, T, C). With a cache, x has only positions after the cached ones."""
         B, T, _ = x.shape
+        x = _for_products(x)
         q, k, v = [
             projection(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H or K, T, D)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -202,7 +187,14 @@ class MLP(nn.Module):
 
     def forward(self, x):
         """x (B, T, C) -> (B, T, C), each position by itself."""
+        x = _for_products(x)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _for_products(x):
+    """x in the dtype of matrix products, cast once; autocast would keep a copy for each product."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 class LlamaBlock(nn.Module):

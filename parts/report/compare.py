@@ -245,7 +245,7 @@ def _n_parameters(shape: dict) -> str:
     if not numbers or shape.keys() - {*GPT_SIZES, "dropout", "tied"}:
         return "-"
     try:
-        return f"{count_parameters(SimpleNamespace(**{'tied': True, **shape})):,}"
+        return f"{count_parameters(SimpleNamespace(**{'family': 'gpt', 'tied': True, **shape})):,}"
     except ValueError:  # more digits than Python writes
         return "-"
 

@@ -13,6 +13,8 @@ runs (pickles are loaded with `weights_only=True`), and no size in them is trust
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import reprlib
@@ -25,9 +27,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from parts.base.dtypes import SAFETENSORS_NAMES
 from parts.base.files import read_json
 from parts.storage.tf_bundle import Bundle
+
+SHARD_BYTES = 5 * 10**9  # of one file that write_folder writes
 
 
 @dataclass
@@ -208,6 +211,38 @@ def _read_shards(index: Path, read) -> dict[str, Stored]:
     return {name: shards[file][name] for name, file in files.items()}
 
 
+def write_folder(folder, named: dict[str, Stored], dtype: torch.dtype) -> None:
+    """
+    Write tensors as model.safetensors; as shards and an index if they exceed SHARD_BYTES.
+
+    One shard at a time is in memory. Raises OSError.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    sizes = {name: math.prod(t.shape) * dtype.itemsize for name, t in named.items()}
+    shards, n_bytes = [[]], 0
+    for name, size in sizes.items():
+        if shards[-1] and n_bytes + size > SHARD_BYTES:
+            shards.append([])
+            n_bytes = 0
+        shards[-1].append(name)
+        n_bytes += size
+    weight_map = {}
+    for i, names in enumerate(shards, 1):
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {name: named[name].read().to(dtype) for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # the library makes it readable for its owner only
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
 # ---------------------------------------------------------------------------------------- the names
 
 SCRATCH = {  # LLMs-from-scratch -> here; query, key and value are joined below
@@ -228,9 +263,6 @@ MASKS = re.compile(r"(h\.\d+\.attn\.(bias|masked_bias)|trf_blocks\.\d+\.att\.mas
 LINEAR_WEIGHTS = re.compile(r"h\.\d+\.(attn|mlp)\.c_(attn|proj|fc)\.weight")
 # names of the same dimension at OpenAI and at Hugging Face -> here
 DIMENSIONS = {"n_vocab": "vocab_size", "n_positions": "block_size"}
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-FLOAT_NAMES = {str(dtype) for dtype in FLOATS} | {SAFETENSORS_NAMES[dtype] for dtype in FLOATS}
-MAX_DIFFERENCES = 200  # listed in one message
 
 
 def our_names(tensors: dict[str, Stored]) -> dict[str, Stored]:
@@ -329,11 +361,6 @@ def shape_of(named: dict, stated: dict) -> dict:
         raise ValueError(
             f"block {missing[0]} of {max(layers) + 1} is missing; get the complete weights"
         )
-    for name, t in named.items():
-        if str(t.dtype) not in FLOAT_NAMES:
-            raise ValueError(
-                f"{name[:100]} is {t.dtype}; save the weights as F64, F32, F16 or BF16"
-            )
     found = {
         "vocab_size": wte.shape[0],
         "block_size": wpe.shape[0],
@@ -348,16 +375,4 @@ def shape_of(named: dict, stated: dict) -> dict:
             raise ValueError(
                 f"{claim}, the tensors have {actual}; use the configuration of these weights"
             )
-    return found
-
-
-def differences(named: dict[str, Stored], expected: dict[str, tuple]) -> list[str]:
-    """One phrase for each tensor that is missing, unexpected or of another shape; the first 200."""
-    found = [f"{name} is missing" for name in expected if name not in named]
-    found += [f"{name[:100]} is not part of this model" for name in named if name not in expected]
-    for name, shape in expected.items():
-        if name in named and tuple(named[name].shape) != tuple(shape):
-            found.append(f"{name} is {list(named[name].shape)} instead of {list(shape)}")
-    if len(found) > MAX_DIFFERENCES:
-        return [*found[:MAX_DIFFERENCES], f"and {len(found) - MAX_DIFFERENCES} more"]
     return found

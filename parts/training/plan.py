@@ -1,8 +1,8 @@
 """
-Before the first step: parameters, memory, disk and time of a GPT, by arithmetic on its shape.
+Before the first step: parameters, memory, disk and time of a GPT or Llama, from its shape.
 
 Nothing is built. Which tensors the forward pass keeps for the backward pass is counted from the
-code of gpt_train.py; a test compares the count with what autograd keeps, and the sum with the
+code of the model; a test compares the count with what autograd keeps, and the sum with the
 memory of real runs (docs/benchmarks.md).
 
 Letters: B rows, T positions, C width, H heads, V vocabulary, L layers. A GB is 10^9 bytes.
@@ -29,22 +29,36 @@ HOLES = 0.17
 
 def parameters_by_part(config) -> dict[str, int]:
     """
-    Parameters of a GPT of this shape (a GPTConfig), by part; tied weights are counted once.
+    Parameters of a model of this shape (a GPTConfig or LlamaConfig), by part; tied ones once.
 
     The sum is `count_parameters`.
     """
-    C, L = config.n_embd, config.n_layer
-    parts = {"token embedding": config.vocab_size * C, "positions": config.block_size * C}
-    parts |= {
-        "attention": L * (4 * C * C + 4 * C),
-        "MLP": L * (8 * C * C + 5 * C),
-        "norms": (2 * L + 1) * 2 * C,
-    }
-    return parts if config.tied else parts | {"head": config.vocab_size * C}
+    C, L, V = config.n_embd, config.n_layer, config.vocab_size
+    in_products = [rows * columns for rows, columns in matrices_of_block(config)]
+    n_attention = -3 if config.family == "llama" else -2  # the last matrices are the MLP's
+    attention, mlp = sum(in_products[:n_attention]), sum(in_products[n_attention:])
+    parts = {"token embedding": V * C}
+    if config.family == "llama":
+        biases = (config.n_head + 2 * config.n_kv_head) * config.head_dim if config.qkv_bias else 0
+        parts |= {"attention": L * (attention + biases), "MLP": L * mlp, "norms": (2 * L + 1) * C}
+    else:
+        parts |= {"positions": config.block_size * C, "attention": L * (attention + 4 * C)}
+        parts |= {"MLP": L * (mlp + 5 * C), "norms": (2 * L + 1) * 2 * C}
+    return parts if config.tied else parts | {"head": V * C}
+
+
+def matrices_of_block(config) -> list[tuple[int, int]]:
+    """(rows, columns) of the matrices of one block, those of attention first."""
+    C = config.n_embd
+    if config.family != "llama":
+        return [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)]
+    queries, keys = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    attention = [(queries, C), (keys, C), (keys, C), (C, queries)]
+    return [*attention, (config.n_hidden, C), (config.n_hidden, C), (C, config.n_hidden)]
 
 
 def count_parameters(config) -> int:
-    """Trainable numbers in a GPT of this shape, tied ones once, without building it."""
+    """Trainable numbers in a model of this shape, tied ones once, without building it."""
     return sum(parameters_by_part(config).values())
 
 
@@ -53,11 +67,16 @@ def flops_per_token(config) -> int:
     Floating-point operations to train on one token at full context, forward and backward.
 
     6 per weight of a matrix product (the head is one, looking up embeddings is none), and
-    12 L C T for attention scores and values. Source: Chowdhery et al. 2022 (PaLM), appendix B.
+    12 L (H D) T for attention scores and values. Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """
-    c = config
-    n_weights = count_parameters(c) - (c.block_size + (0 if c.tied else c.vocab_size)) * c.n_embd
-    return 6 * n_weights + 12 * c.n_layer * c.n_embd * c.block_size
+    parts = parameters_by_part(config)
+    n_weights = count_parameters(config) - parts.get("positions", 0)
+    if not config.tied:
+        n_weights -= parts["token embedding"]
+    T, width = config.block_size, config.n_embd
+    if config.family == "llama":
+        T, width = min(T, config.window or T), config.n_head * config.head_dim
+    return 6 * n_weights + 12 * config.n_layer * width * T
 
 
 @dataclass(frozen=True)
@@ -80,10 +99,22 @@ class Setting:
 
 def activation_bytes(config, s: Setting) -> int:
     """Bytes that the forward pass of a micro-batch keeps, without the head's gradient."""
-    T, C, H, L = config.block_size, config.n_embd, config.n_head, config.n_layer
-    e = DTYPES[s.dtype].itemsize
+    T, C = config.block_size, config.n_embd
     n = s.batch_size * T  # positions
     stream = 4 * n * C  # the residual stream is fp32
+    block, ends = (_kept_by_llama if config.family == "llama" else _kept_by_gpt)(config, s, stream)
+    e = DTYPES[s.dtype].itemsize
+    if e < 4:  # autocast's copies of the weights
+        block += e * sum(rows * columns for rows, columns in matrices_of_block(config))
+    L = config.n_layer
+    return ends + (L * stream + block if s.activation_checkpointing else L * block)
+
+
+def _kept_by_gpt(config, s: Setting, stream: int) -> tuple[int, int]:
+    """Bytes of activations (in a block, before and after the blocks) of a GPT."""
+    T, C, H = config.block_size, config.n_embd, config.n_head
+    e = DTYPES[s.dtype].itemsize
+    n = s.batch_size * T
     squares = s.batch_size * H * T * T  # one number per pair of positions
     # the stream before each norm, its mean and deviation; the inputs of four products; the MLP's
     # 4 C before GELU; query, key, value
@@ -97,15 +128,34 @@ def activation_bytes(config, s: Setting) -> int:
         block += 3 * 4 * squares + (3 * e * n * C if e < 4 else 0)
     else:
         block += 4 * n * H  # the logarithm of each row's sum
-    block += 12 * C * C * e if e < 4 else 0  # autocast's copies of the weights
     # before and after the last norm; token ids; the first mask
-    ends = 2 * stream + 16 * n + (stream if config.dropout else 0)
-    return ends + (L * stream + block if s.activation_checkpointing else L * block)
+    return block, 2 * stream + 16 * n + (stream if config.dropout else 0)
+
+
+def _kept_by_llama(config, s: Setting, stream: int) -> tuple[int, int]:
+    """The same of a Llama."""
+    T, C, H, K, D = (
+        *(config.block_size, config.n_embd),
+        *(config.n_head, config.n_kv_head, config.head_dim),
+    )
+    e = DTYPES[s.dtype].itemsize
+    n = s.batch_size * T
+    # the stream before a norm, its root mean square; on a CPU also the stream divided by that
+    norm = stream + 4 * n + (stream if s.device == "cpu" else 0)
+    # the inputs of the products after the norms; gate, its SiLU, the other half, their product
+    block = 2 * norm + 2 * e * n * C + 4 * e * n * config.n_hidden
+    block += 2 * e * n * (H + K) * D  # query, key, value; the input of the last product
+    if s.attends_in_products:
+        block += e * s.batch_size * H * T * T + T * T
+    else:
+        block += e * n * H * D + 4 * n * H  # the output; the logarithm of each row's sum
+    # the last norm and the input of the head; token ids; cosines and sines
+    return block, norm + stream + 8 * n + 4 * T * D
 
 
 def memory_of(config, s: Setting, galore_rank: int = 128) -> dict[str, int]:
     """
-    Bytes of one process while it trains a GPT of this shape, by part.
+    Bytes of one process while it trains a model of this shape, by part.
 
     "peak" is the most of them at one time, on the device of the training: at the end of the forward
     pass (all activations and logits, the gradient of the head, gradients of earlier micro-batches)
@@ -113,8 +163,9 @@ def memory_of(config, s: Setting, galore_rank: int = 128) -> dict[str, int]:
     """
     C, L, n_weights = config.n_embd, config.n_layer, count_parameters(config)
     weights = 4 * n_weights
-    matrices = [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)] * L
-    optimizer = state_bytes_of(matrices, n_weights - 12 * L * C * C, s.optimizer, galore_rank)
+    matrices = matrices_of_block(config)
+    in_block = sum(rows * columns for rows, columns in matrices)
+    optimizer = state_bytes_of(matrices * L, n_weights - L * in_block, s.optimizer, galore_rank)
     positions = s.batch_size * config.block_size
     logits = head_bytes(positions, C, config.vocab_size, DTYPES[s.dtype], s.device)
     shards = s.world if s.parallel == "fsdp" else 1
@@ -127,7 +178,7 @@ def memory_of(config, s: Setting, galore_rank: int = 128) -> dict[str, int]:
         exchange, earlier = earlier, earlier + weights
     elif s.parallel == "fsdp":
         # whole weights, and gradients, of the embedding and two blocks
-        exchange = 2 * (head + 2 * 4 * 12 * C * C)
+        exchange = 2 * (head + 2 * 4 * in_block)
     copy = weights + optimizer
     if not s.keeps_copy or copy <= SMALL:
         copy = 0
@@ -209,7 +260,7 @@ def plan_lines(
     config, setting: Setting, memory_gb: float | None = None, galore_rank: int = 128
 ) -> tuple[list[str], bool]:
     """
-    (lines about parameters and memory, whether it fits) of training a GPT of this shape.
+    (lines about parameters and memory, whether it fits) of training a model of this shape.
 
     memory_gb: of the device to fit, in 10^9 bytes; None: the setting's device, as it is now.
     """

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from parts.model.few_row_matmul import Linear, product
+from parts.model.cpu_products import Linear, product
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 3), (5, 1), (8, 1), (2, 4), (3, 3), (0, 1)])
