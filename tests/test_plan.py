@@ -15,16 +15,19 @@ import pytest
 import torch
 from conftest import GPT2_CACHE, ROOT, TINY, one_error_line, ranks, run
 
-from gpt_train import GPT, SIZES, Block, GPTConfig
+from gpt_train import GPT, SIZES, GPTConfig
 from parts.base.dtypes import DTYPES
 from parts.base.units import format_bytes, format_duration
 from parts.model.cpu_products import attends_in_products
+from parts.model.families import FAMILIES
+from parts.model.llama import Llama, LlamaConfig
 from parts.training.engine import recompute_in_backward
 from parts.training.optim import predicted_state_bytes
 from parts.training.plan import (
     Setting,
     activation_bytes,
     count_parameters,
+    flops_per_token,
     memory_of,
     parameters_by_part,
     seconds_of,
@@ -51,12 +54,42 @@ def test_parameters_by_part_are_those_of_the_modules(tied):
     assert found == parameters_by_part(config)
 
 
+LLAMA = {"n_kv_head": 2, "head_dim": 16, "n_hidden": 176}
+
+
+@pytest.mark.parametrize("changes", [{}, {"tied": True}, {"qkv_bias": True, "n_kv_head": 1}])
+def test_parameters_of_a_llama_by_part_are_those_of_the_model(changes):
+    shape = {"vocab_size": 300, "block_size": 16, "n_layer": 3, "n_head": 4, "n_embd": 32}
+    config = LlamaConfig(**{**shape, **LLAMA, **changes})
+    found = dict.fromkeys(parameters_by_part(config), 0)
+    of = {"embed_tokens": "token embedding", "self_attn": "attention", "mlp": "MLP"}
+    of |= {"input_layernorm": "norms", "post_attention_layernorm": "norms", "norm": "norms"}
+    for name, p in Llama(config).named_parameters():
+        words = name.split(".")
+        found["head" if words[0] == "lm_head" else of[words[3 if "layers" in words else 1]]] += (
+            p.numel()
+        )
+    assert found == parameters_by_part(config)
+    assert sum(found.values()) == count_parameters(config)
+
+
+def test_flops_of_a_llama_are_those_of_its_products():
+    shape = {"vocab_size": 300, "block_size": 16, "n_layer": 3, "n_head": 4, "n_embd": 64}
+    config = LlamaConfig(**shape, **LLAMA)
+    matrices = [p for p in Llama(config).parameters() if p.ndim == 2]
+    n = sum(p.numel() for p in matrices) - 300 * 64  # looking up the embedding is no product
+    norms = (2 * 3 + 1) * 64
+    assert flops_per_token(config) == 6 * (n + norms) + 12 * 3 * 64 * 16
+    assert flops_per_token(replace(config, window=4)) == 6 * (n + norms) + 12 * 3 * 64 * 4
+
+
 def kept_by_autograd(config, B: int, dtype, recomputed: bool) -> int:
     """Bytes that a forward pass keeps for the backward pass, besides parameters; shared once."""
-    model, kept = GPT(config), {}
+    model, kept = FAMILIES[config.family].model(config), {}
     if recomputed:
-        for block in model.h:
-            recompute_in_backward(block)
+        for block in model.modules():
+            if isinstance(block, FAMILIES[config.family].block):
+                recompute_in_backward(block)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def keep(tensor):
@@ -73,17 +106,22 @@ def kept_by_autograd(config, B: int, dtype, recomputed: bool) -> int:
 
 
 @pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["gpt", "gpt with dropout", "llama"])
 @pytest.mark.parametrize(("dtype", "T"), [("fp32", 40), ("bf16", 40), ("bf16", 520)])
-def test_activations_are_what_autograd_keeps(dtype, T, dropout, recomputed):
+def test_activations_are_what_autograd_keeps(dtype, T, kind, recomputed):
     shape = {"vocab_size": 512, "block_size": T, "n_layer": 3, "n_head": 4, "n_embd": 64}
-    config = GPTConfig(**shape, dropout=dropout)
+    dropout = 0.1 if "dropout" in kind else 0.0
+    config = LlamaConfig(**shape, **LLAMA)
+    if kind != "llama":
+        config = GPTConfig(**shape, dropout=dropout)
     products = attends_in_products(torch.device("cpu"), DTYPES[dtype], T, dropout)
     setting = Setting(3, dtype=dtype, attends_in_products=products)
     planned = activation_bytes(config, replace(setting, activation_checkpointing=recomputed))
     if recomputed:  # the plan includes one block that is recomputed, after the forward pass
         two = activation_bytes(replace(config, n_layer=2), setting)
         planned -= two - activation_bytes(replace(config, n_layer=1), setting)
+        if kind == "llama":  # the hook does not see cosines and sines, which a closure keeps
+            planned -= 4 * T * config.head_dim
     head = 4 * config.vocab_size * config.n_embd
     kept = kept_by_autograd(config, 3, DTYPES[dtype], recomputed)
     assert planned + head == pytest.approx(kept, rel=0.01)
@@ -91,9 +129,12 @@ def test_activations_are_what_autograd_keeps(dtype, T, dropout, recomputed):
 
 @pytest.mark.parametrize("kind", ["adamw", "muon", "galore"])
 def test_the_optimizer_of_a_plan_is_that_of_the_model(kind):
-    config = GPTConfig(vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=32)
-    planned = memory_of(config, Setting(2, optimizer=kind), galore_rank=8)
-    assert planned["optimizer"] == predicted_state_bytes(GPT(config), (Block,), kind, 8)
+    shape = {"vocab_size": 300, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32}
+    for config in (GPTConfig(**shape), LlamaConfig(**shape, **LLAMA)):
+        family = FAMILIES[config.family]
+        planned = memory_of(config, Setting(2, optimizer=kind), galore_rank=8)
+        predicted = predicted_state_bytes(family.model(config), (family.block,), kind, 8)
+        assert planned["optimizer"] == predicted
 
 
 def test_sizes_have_growing_plans_and_more_rows_never_need_less():

@@ -12,13 +12,14 @@ from __future__ import annotations
 import array
 import json
 import shlex
+from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
 from parts.base.files import read_json
 from parts.base.units import format_duration
+from parts.model.families import FAMILIES
 from parts.training.metrics import read_metrics
 from parts.training.plan import count_parameters
 
@@ -27,7 +28,6 @@ MOST_POINTS = 2000  # of a curve, before each becomes a mean
 SPEED_STEPS = 50  # the tokens_per_s of a record is that of its last 50 steps
 NOT_SETTINGS = ("run_name", "output_dir", "config")  # always differ, and change nothing
 OF_ADVANCED = {"lr": "max_lr", "data_dir": "dataset_name"}  # names: simple trainer -> advanced
-GPT_SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")  # keys of a GPT's shape
 OF_TOKENIZER = {"tokenizer", "tokenizer (hash)", "vocab_size"}
 OF_TEXT = {"text (hash)", "data_dir", "dataset_name", "dataset_subset", "val_share", "eval_tokens"}
 
@@ -240,13 +240,14 @@ def _model(facts: dict) -> dict:
 
 
 def _n_parameters(shape: dict) -> str:
-    """Parameters of a GPT of this shape; "-" for the model of a recipe, which has other keys."""
-    numbers = all(type(shape.get(name)) is int for name in GPT_SIZES)
-    if not numbers or shape.keys() - {*GPT_SIZES, "dropout", "tied"}:
+    """Parameters of a model of this shape; "-" for that of a recipe, which has other keys."""
+    family = FAMILIES["llama" if "n_kv_head" in shape else "gpt"]
+    known = {field.name for field in fields(family.config)}
+    if shape.keys() - known or known - shape.keys() - {"dropout", "tied"}:
         return "-"
     try:
-        return f"{count_parameters(SimpleNamespace(**{'family': 'gpt', 'tied': True, **shape})):,}"
-    except ValueError:  # more digits than Python writes
+        return f"{count_parameters(family.config(**shape)):,}"
+    except (TypeError, ValueError):  # not numbers, or more digits than Python writes
         return "-"
 
 
