@@ -29,11 +29,11 @@ with app.setup:
     import torch
 
     import gpt_train
-    from gpt_train import SIZES, GPTConfig
     from parts.base.files import make_folder, read_json, write_file
     from parts.base.units import format_duration
     from parts.cli.launch import BAD_INPUT, error_line
     from parts.data.corpus import python_docs
+    from parts.model.families import FAMILIES, config_of, shape_of_size
     from parts.report import figures, interpret
     from parts.storage.checkpoint import list_checkpoints
     from parts.training.metrics import PEAK_FLOPS, read_metrics
@@ -193,7 +193,7 @@ def measured_flops(folder: Path, names) -> float:
     if not names:
         raise ValueError("no run is chosen above; choose one for its speed, or a device")
     try:
-        config = GPTConfig(**read_json(folder / names[0] / "run.json")["model_config"])
+        config = config_of(read_json(folder / names[0] / "run.json"))
         run = read_runs(folder, names[:1], "time")[0][names[0]]
         return flops_per_token(config) * float(np.nanmedian(run["tokens_per_s"]))
     except (OSError, ValueError, KeyError, TypeError) as e:
@@ -571,7 +571,8 @@ def _(model, opening, seed, temperature, tokenizer, top_k, top_p):
 
 @app.cell
 def _():
-    size = mo.ui.dropdown(list(SIZES), value="124M", label="size")
+    _sizes = [name for kind in sorted(FAMILIES) for name in FAMILIES[kind].sizes]
+    size = mo.ui.dropdown(_sizes, value="124M", label="size")
     vocabulary = mo.ui.slider(
         steps=[257, 1024, 4096, 16384, 50257, 131072],
         value=50257,
@@ -604,8 +605,9 @@ def _(chosen, context, device, dtype, folder, optimizer, ratio, recompute, share
         else:
             flops_per_s = PEAK_FLOPS[device.value] * share.value / 100
         configs, rows = {}, []
-        for name in SIZES:
-            config = GPTConfig.of_size(name, vocab_size=vocabulary.value, block_size=context.value)
+        shape = {"vocab_size": vocabulary.value, "block_size": context.value}
+        for name in size.options:
+            config = shape_of_size(name, shape)
             configs[name] = config
             n, per_token = count_parameters(config), flops_per_token(config)
             duration = format_duration(ratio.value * n * per_token / flops_per_s)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_gpt import as_transformers, tiny_model
+from test_llama import both as llama_pair
 
 from parts.report.interpret import (
     attention_maps,
@@ -119,3 +120,22 @@ def test_a_model_that_diverged_is_said_to_have_diverged():
     for look in (logit_lens, token_losses):
         with pytest.raises(RuntimeError, match="diverged"):
             look(model, torch.randint(97, (5,)))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral"])
+def test_what_is_shown_of_a_llama_equals_transformers_too(name):
+    model, reference = llama_pair(name)
+    ids = torch.randint(97, (45,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = reference(ids[None], output_attentions=True, output_hidden_states=True)
+    for layer in range(2):
+        difference = attention_maps(model, ids, layer) - expected.attentions[layer][0]
+        assert difference.abs().max() <= 1e-5
+    stream = residual_stream(model, ids)
+    for i in range(2):
+        assert (stream[i] - expected.hidden_states[i][0]).abs().max() <= 1e-5
+    lens = logit_lens(model, ids)
+    assert (lens[-1] - expected.logits[0, -1].log_softmax(dim=0)).abs().max() <= 1e-4
+    losses = F.cross_entropy(expected.logits[0, :-1], ids[1:], reduction="none")
+    assert torch.allclose(token_losses(model, ids), losses, atol=1e-4)
+    assert len(neighbours(model, 3, 5)[0]) == 5

@@ -1,9 +1,9 @@
 """
-Inside a GPT while it reads: where its heads look, what each layer predicts, what surprises it.
+Inside a model while it reads: where its heads look, what each layer predicts, what surprises it.
 
-Every function takes a model with the modules of `gpt_train.GPT` (wte, wpe, h, ln_f and, unless
-tied, lm_head) and ids (T,) int64 on its device, T at most its context. It runs without gradients
-and leaves the model as it was. `n_ids` leaves out ids that the model has and its tokenizer lacks.
+Every function takes a GPT or a Llama (parts/model/families.py) and ids (T,) int64 on its device, T
+at most its context. It runs without gradients and leaves the model as it was. `n_ids` leaves out
+ids that the model has and its tokenizer lacks.
 Shapes: T positions, C width, H heads, D head_dim, V vocabulary, L layers.
 """
 
@@ -14,6 +14,9 @@ import math
 
 import torch
 import torch.nn.functional as F
+
+from parts.model.families import FAMILIES
+from parts.model.llama import rotated, rotations
 
 
 @contextlib.contextmanager
@@ -41,13 +44,22 @@ def residual_stream(model, ids) -> torch.Tensor:
             f"the text has {T:,} tokens, the model reads 1 to {longest:,}; "
             "give a shorter or a longer one"
         )
-    with _reading(model):
-        x = model.wte(ids)[None] + model.wpe(torch.arange(T, device=ids.device))  # (1, T, C)
-        stream = [x[0]]
-        for block in model.h:
-            x = block(x)
-            stream.append(x[0])
+    stream = []
+    blocks = _blocks(model)
+    hooks = [blocks[0].register_forward_pre_hook(lambda _, x: stream.append(x[0][0]))]
+    hooks += [block.register_forward_hook(lambda _, __, y: stream.append(y[0])) for block in blocks]
+    try:
+        with _reading(model):
+            model(ids[None], last=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return torch.stack(stream)
+
+
+def _blocks(model) -> list:
+    kind = FAMILIES[model.config.family].block
+    return [module for module in model.modules() if isinstance(module, kind)]
 
 
 def attention_maps(model, ids, layer: int) -> torch.Tensor:
@@ -57,14 +69,29 @@ def attention_maps(model, ids, layer: int) -> torch.Tensor:
     Rows are the readers and sum to 1. Computed from the layer's query and key, because the kernels
     of the training never store these probabilities.
     """
-    block, x = model.h[layer], residual_stream(model, ids)[layer]
-    (T, C), H = x.shape, block.attn.n_head
+    x = residual_stream(model, ids)[layer]
+    T = len(ids)
     with _reading(model):
-        q, k, _ = block.attn.c_attn(block.ln_1(x)).float().split(C, dim=1)  # (T, C) each
-        q, k = (a.view(T, H, C // H).transpose(0, 1) for a in (q, k))  # (H, T, D)
-        scores = q @ k.transpose(1, 2) / math.sqrt(C // H)  # (H, T, T)
-        later = torch.ones(T, T, dtype=torch.bool, device=ids.device).triu(1)
-        return scores.masked_fill(later, -math.inf).softmax(dim=2)
+        q, k = _queries_and_keys(model, layer, x)  # (H, T, D) each
+        scores = q.float() @ k.float().transpose(1, 2) / math.sqrt(q.shape[2])  # (H, T, T)
+        distance = torch.arange(T)[:, None] - torch.arange(T)
+        read = (distance >= 0) & (distance < (getattr(model.config, "window", None) or T))
+        return scores.masked_fill(~read.to(ids.device), -math.inf).softmax(dim=2)
+
+
+def _queries_and_keys(model, layer: int, x):
+    """Queries and keys (H, T, D) of one layer, from the residual stream (T, C) before it."""
+    block, T, H = _blocks(model)[layer], len(x), model.config.n_head
+    if model.config.family == "gpt":
+        q, k, _ = block.attn.c_attn(block.ln_1(x)).chunk(3, dim=1)  # (T, C) each
+        return (a.view(T, H, -1).transpose(0, 1) for a in (q, k))
+    attention, x = block.self_attn, block.input_layernorm(x)
+    rotation = rotations(model.config, 0, T, x.device)
+    q, k = (
+        rotated(projection(x).view(1, T, -1, attention.head_dim).transpose(1, 2), rotation)[0]
+        for projection in (attention.q_proj, attention.k_proj)
+    )
+    return q, k.repeat_interleave(H // len(k), dim=0)  # several heads share a key
 
 
 def logit_lens(model, ids, n_ids: int | None = None) -> torch.Tensor:
@@ -77,7 +104,9 @@ def logit_lens(model, ids, n_ids: int | None = None) -> torch.Tensor:
     """
     x = residual_stream(model, ids)[:, -1]  # (L + 1, C)
     with _reading(model):
-        return _finite(F.linear(model.ln_f(x), _head(model))[:, :n_ids]).float().log_softmax(dim=1)
+        last_norm = model.ln_f if model.config.family == "gpt" else model.model.norm
+        logits = F.linear(last_norm(x), _head(model))[:, :n_ids]
+        return _finite(logits).float().log_softmax(dim=1)
 
 
 def token_losses(model, ids) -> torch.Tensor:
@@ -100,7 +129,7 @@ def neighbours(
     Highest first.
     """
     with torch.no_grad():
-        directions = F.normalize(model.wte.weight[:n_ids].float(), dim=1)  # (V, C)
+        directions = F.normalize(_embedding(model)[:n_ids].float(), dim=1)  # (V, C)
         cosines = directions @ directions[token]  # (V,)
         cosines[token] = -2.0
         best = cosines.topk(min(k, len(cosines) - 1))
@@ -109,7 +138,13 @@ def neighbours(
 
 def _head(model) -> torch.Tensor:
     """The (V, C) matrix that turns the stream into logits."""
-    return model.wte.weight if model.config.tied else model.lm_head.weight
+    return _embedding(model) if model.config.tied else model.lm_head.weight
+
+
+def _embedding(model) -> torch.Tensor:
+    """The (V, C) matrix of token embeddings."""
+    module = model.wte if model.config.family == "gpt" else model.model.embed_tokens
+    return module.weight
 
 
 def _finite(logits):
