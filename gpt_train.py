@@ -421,8 +421,8 @@ def sample_text(
     on_piece(text) gets the first sample piece by piece; a character of several tokens comes when it
     is complete.
     """
-    eot = tokenizer.eot
-    start = torch.tensor([[eot, *tokenizer.encode(prompt).tolist()]] * num_samples, device=device)
+    eot, ids = tokenizer.eot, [tokenizer.bos, *tokenizer.encode(prompt).tolist()]
+    start = torch.tensor([ids] * num_samples, device=device)
     options = {"stop_token": eot, "n_ids": tokenizer.vocab_size} | options
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     columns = []  # (B, 1) each

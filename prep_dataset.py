@@ -46,12 +46,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from parts.base.files import add_file_name, make_folder, rename_durably, sha256_of
+from parts.base.files import add_file_name, make_folder, rename_durably
 from parts.base.text import EOT
 from parts.cli.config import parse
 from parts.cli.launch import error_line, run_script
 from parts.cli.progress_bar import tqdm
-from parts.data import corpus, gutenberg, shards
+from parts.data import corpus, gutenberg, shards, tokenizers
 from parts.data.archives import extract_archive, is_archive
 from parts.data.tokenizers import Tokenizer, byte_tokenizer, gpt2_tokenizer, make_tokenizer
 
@@ -511,8 +511,7 @@ def prepare_tokens(config: TokenizeConfig, build: bool = True) -> Path:
     """
     name = config.dataset_name
     spec = {"auto": "gpt2", "bpe": "bpe:4096"}.get(config.tokenizer, config.tokenizer)
-    file = Path(spec) / "tokenizer.json" if Path(spec).is_dir() else Path(spec)
-    tokenizer_key = sha256_of(file) if file.is_file() else spec
+    tokenizer_key = tokenizers.content_key(spec)
     if any(Path(name).glob("*.bin")):
         _refuse_other_settings(config, tokenizer_key)
         return Path(name)

@@ -46,6 +46,7 @@ from parts.base.dtypes import DTYPES
 from parts.base.files import fsync, make_folder, read_json, rename_durably, sha256_of
 from parts.cli.config import parse
 from parts.cli.launch import error_line, run_script
+from parts.data.tokenizers import FILES as TOKENIZER_FILES
 from parts.data.tokenizers import Tokenizer, gpt2_tokenizer
 from parts.model.families import check_tensors, config_of, shell
 from parts.model.llama import LlamaConfig
@@ -136,8 +137,6 @@ class AverageConfig:
 
 
 # ------------------------------------------------------------------------------------------ reading
-
-TOKENIZER_FILES = ("tokenizer.json", "vocab.bpe", "merges.txt", "vocab.json", "tokenizer.model")
 
 
 @dataclass

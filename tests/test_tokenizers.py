@@ -171,19 +171,16 @@ def test_a_spec_that_names_nothing_is_refused(spec):
         T.make_tokenizer(spec, ["text"])
 
 
-def test_a_tokenizer_file_that_would_give_other_ids_is_refused(tmp_path, bpe):
+def test_a_tokenizer_file_that_would_lose_text_is_refused(tmp_path, bpe):
     good = json.loads(bpe.to_json())
     model = good["model"]
-    digits = [{"type": "Digits"}, {"type": "ByteLevel", "use_regex": True}]
     without_two_bytes = {t: i for t, i in model["vocab"].items() if t not in "!#"}
     wrong = {
-        "normalizer": {"normalizer": {"type": "NFC"}},
         "wordpiece": {"model": {"type": "WordPiece", "vocab": {}}},
         "no special": {"added_tokens": []},
-        "shuffled": {"model": {**model, "merges": model["merges"][::-1]}},
         "no model": {"model": None},
-        "digits first": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": digits}},
         "no steps": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}},
+        "no pre-tokenizer": {"pre_tokenizer": None},
         "bytes missing": {"model": {**model, "vocab": without_two_bytes}},
     }
     for change in wrong.values():
@@ -194,5 +191,3 @@ def test_a_tokenizer_file_that_would_give_other_ids_is_refused(tmp_path, bpe):
         (tmp_path / "t.json").write_bytes(junk)
         with pytest.raises(ValueError, match=r"t\.json"):
             T.Tokenizer.load(tmp_path / "t.json")
-    with pytest.raises(ValueError, match="modernbert-base"):
-        T.Tokenizer.load(shared("data/tokenizers/modernbert-base"))

@@ -1,4 +1,4 @@
-"""Constants of the text format: the end of a document, and where a book is cut into passages."""
+"""Constants of text: the end of a document, the passages of a book, the characters of bytes."""
 
 from __future__ import annotations
 
@@ -15,3 +15,18 @@ def passage_pattern(n_chars: int) -> re.Pattern:
     if there is none within another n_chars. Training and validation text are divided by passage.
     """
     return re.compile(rf"[\s\S]{{{n_chars}}}(?:[\s\S]{{0,{n_chars}}}?\n\n+|[^\n]*\n)?|[\s\S]+\Z")
+
+
+def _byte_to_char() -> dict[int, str]:
+    """
+    The printable character that GPT-2's files have for each byte, in GPT-2's order of bytes.
+
+    It is the byte's own character if that is visible, else number 256 + n for the n-th other byte.
+    """
+    visible = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    hidden = [b for b in range(256) if b not in visible]
+    return {**{b: chr(b) for b in visible}, **{b: chr(256 + n) for n, b in enumerate(hidden)}}
+
+
+BYTE_TO_CHAR = _byte_to_char()
+CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}

@@ -1,10 +1,12 @@
 """
-Text to token ids and back: byte-level BPE, run by tiktoken. Only the merges differ:
+Text to token ids and back. Most are byte-level BPE, run by tiktoken; only the merges differ:
 
     gpt2        50,257 ids, GPT-2's own merges (0.5 MB, downloaded once into tiktoken's cache)
     bpe         4,096 ids trained on the given text in seconds, without a network; or bpe:8192
     bytes       257 ids, no merges: one id per byte
-    FILE        a Hugging Face tokenizer.json (byte-level BPE), or GPT-2's vocab.bpe / merges.txt
+    FILE        a tokenizer.json of Hugging Face, or GPT-2's vocab.bpe / merges.txt; or a folder
+                with one of them, or with what transformers makes a tokenizer of. What tiktoken
+                cannot reproduce is run by their library (huggingface_tokenizer.py)
     auto        gpt2 on a GPU; bpe on a CPU, where an output layer of 50,257 ids would take most of
                 the time of a small model
 
@@ -30,7 +32,8 @@ import regex  # tiktoken requires it
 import tiktoken
 
 from parts.base.files import make_folder, rename_durably, sha256_of
-from parts.base.text import EOT
+from parts.base.text import BYTE_TO_CHAR, CHAR_TO_BYTE, EOT
+from parts.data.huggingface_tokenizer import HuggingFaceTokenizer, json_of_folder
 
 # GPT-2 merges only inside these pieces: contractions, words, numbers, punctuation, white space.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -47,21 +50,8 @@ GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 DEFAULT_BPE_SIZE = 4096
 BPE_SAMPLE_CHARS = 50_000_000  # more text takes longer and does not change 4,096 merges
 MAX_VOCAB_SIZE = 1_000_000
-
-
-def _byte_to_char() -> dict[int, str]:
-    """
-    The printable character that GPT-2's files have for each byte, in GPT-2's order of bytes.
-
-    It is the byte's own character if that is visible, else number 256 + n for the n-th other byte.
-    """
-    visible = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    hidden = [b for b in range(256) if b not in visible]
-    return {**{b: chr(b) for b in visible}, **{b: chr(256 + n) for n, b in enumerate(hidden)}}
-
-
-BYTE_TO_CHAR = _byte_to_char()
-CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
+# files of a folder that has a tokenizer, the first that is there
+FILES = ("tokenizer.json", "vocab.bpe", "merges.txt", "vocab.json", "tokenizer.model")
 
 
 def _to_printable(token: bytes) -> str:
@@ -86,6 +76,7 @@ class Tokenizer:
         self.special = special
         self.eot_text = eot_text
         self.eot = special[eot_text]
+        self.bos = self.eot  # begins a text that is continued: what came before it in training
         self.pattern = pattern
         self.merges = None  # pairs for a tokenizer.json, if known; else `to_json` computes them
         self._json = None
@@ -107,17 +98,25 @@ class Tokenizer:
             )
         return self._of_thread.encoding
 
-    def encode(self, text: str) -> np.ndarray:
-        """Ids (T,) uint32. Special tokens in the text are text; lone surrogates become U+FFFD."""
+    def encode(self, text: str, allowed=frozenset()) -> np.ndarray:
+        """
+        Ids (T,) uint32. Special tokens in the text are text, but for those that are `allowed`.
+
+        Lone surrogates become U+FFFD.
+        """
+        special = {"allowed_special": set(allowed), "disallowed_special": ()}
         try:
-            return self.encoding.encode_to_numpy(text, disallowed_special=())
+            return self.encoding.encode_to_numpy(text, **special)
         except UnicodeEncodeError:
-            return self.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            return self.encode(text, allowed)
         except (ValueError, RuntimeError):  # tiktoken gives up on a million blanks: cut them
             if len(text) < 2:
                 raise
             half = len(text) // 2
-            return np.concatenate([self.encode(text[:half]), self.encode(text[half:])])
+            return np.concatenate(
+                [self.encode(part, allowed) for part in (text[:half], text[half:])]
+            )
 
     def encode_documents(self, documents) -> np.ndarray:
         """Ids (T,) of all documents in order, end-of-text exactly once after each."""
@@ -180,31 +179,40 @@ class Tokenizer:
         }
 
     @classmethod
-    def load(cls, path) -> Tokenizer:
+    def load(cls, path) -> Tokenizer | HuggingFaceTokenizer:
         """
-        The tokenizer of a file or folder: tokenizer.json, or GPT-2's vocab.bpe / merges.txt.
+        The tokenizer of a file or folder, see FILE at the top.
 
-        Raises FileNotFoundError, or ValueError if the file needs what tiktoken does not do, such as
-        a normalizer or another pre-tokenizer: its ids would silently differ.
+        A tokenizer.json of which tiktoken would give other ids is run by Hugging Face's library.
+        Raises FileNotFoundError, or ValueError if neither can run it.
         """
         path = Path(path)
         if path.is_dir():
-            names = ("tokenizer.json", "vocab.bpe", "merges.txt")
-            path = next((path / n for n in names if (path / n).exists()), path / names[0])
+            there = [name for name in FILES if (path / name).exists()]
+            of_gpt2 = "merges.txt" in there and sha256_of(path / "merges.txt") == GPT2_SHA256
+            if not {"tokenizer.json", "vocab.bpe"} & set(there) and there and not of_gpt2:
+                return HuggingFaceTokenizer(json_of_folder(path))
+            path = path / (there or FILES)[0]
         if not path.is_file():
             fix = "give auto, gpt2, bpe, bpe:SIZE, bytes or a tokenizer.json"
             raise FileNotFoundError(f"--tokenizer: {path} does not exist; {fix}")
         if sha256_of(path) == GPT2_SHA256:
             return _gpt2_of_merges(path)
+        data = path.read_bytes()
         damage = (LookupError, TypeError, AttributeError, RecursionError, regex.error)
         try:
-            return cls._from_json(json.loads(path.read_bytes()))
+            return cls._from_json(json.loads(data))
         except (ValueError, *damage) as e:
             why = e
-            if type(e) is not ValueError:  # not one of the reasons below
-                why = f"it is not a Hugging Face tokenizer.json ({repr(e)[:200]})"
-            what = f"cannot be used as a tokenizer: {why}"
-            raise ValueError(f"{path}: {what}; give a byte-level BPE tokenizer.json") from e
+        try:
+            return HuggingFaceTokenizer(data)
+        except Exception as e:  # noqa: BLE001  the library raises Exception for a file it rejects
+            if type(e) is ValueError and type(why) is ValueError:  # both know the format
+                why = f"{why}, and {e}"
+            elif type(why) is not ValueError:
+                why = f"it is not a Hugging Face tokenizer.json ({repr(why)[:200]})"
+            fix = "give a tokenizer.json of a byte-level or byte-fallback model"
+            raise ValueError(f"{path}: cannot be used as a tokenizer: {why}; {fix}") from e
 
     @classmethod
     def _from_json(cls, spec: dict) -> Tokenizer:
@@ -386,6 +394,19 @@ def make_tokenizer(spec: str, texts, on_gpu: bool = False) -> Tokenizer:
             raise ValueError(f"--tokenizer: {spec!r} needs a number after bpe:, such as bpe:8192")
         return train_bpe(_sample(texts), int(size or DEFAULT_BPE_SIZE))
     return Tokenizer.load(spec)
+
+
+def content_key(spec: str) -> str:
+    """What identifies the tokenizer of `--tokenizer SPEC`: the sha256 of its file, or SPEC."""
+    path = Path(spec)
+    if not path.is_dir():
+        return sha256_of(path) if path.is_file() else spec
+    there = [name for name in FILES if (path / name).is_file()]
+    if there[:1] == ["tokenizer.json"]:
+        return sha256_of(path / "tokenizer.json")
+    names = sorted(p.name for p in path.iterdir() if p.is_file())  # transformers reads several
+    hashes = [f"{name} {sha256_of(path / name)}" for name in names]
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def vocabulary_of(spec: str, on_gpu: bool = True) -> int:

@@ -160,12 +160,12 @@ def _finite(logits):
 
 def ids_of(text: str, tokenizer, longest: int, last: bool):
     """
-    (ids (T,) int64 of end-of-text and the text, a note).
+    (ids (T,) int64 of what begins a document and the text, a note).
 
     Of a text that is too long these are the `last` or first `longest` ones, and the note says so;
     else it is "".
     """
-    ids = torch.tensor([tokenizer.eot, *tokenizer.encode(text).tolist()])
+    ids = torch.tensor([tokenizer.bos, *tokenizer.encode(text).tolist()])
     if len(ids) <= longest:
         return ids, ""
     which = "last" if last else "first"

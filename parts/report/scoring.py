@@ -243,7 +243,7 @@ def fetch_hellaswag(
     return path
 
 
-def _ids_of(encode, eot: int, ctx: str, ending: str) -> tuple[np.ndarray, int]:
+def _ids_of(encode, bos: int, ctx: str, ending: str) -> tuple[np.ndarray, int]:
     """
     Ids (n,) of a question with one ending, and how many of them belong to the ending.
 
@@ -252,19 +252,19 @@ def _ids_of(encode, eot: int, ctx: str, ending: str) -> tuple[np.ndarray, int]:
     question = ctx.rstrip()  # a blank belongs to the word after it
     n = len(encode(question))
     ids = np.asarray(encode(ctx + " " + ending)).astype(np.int64)
-    return (ids, max(1, len(ids) - n)) if n else (np.insert(ids, 0, eot), len(ids))
+    return (ids, max(1, len(ids) - n)) if n else (np.insert(ids, 0, bos), len(ids))
 
 
 @torch.no_grad()
 def score_hellaswag(
-    logits_fn, items, encode, eot: int, block_size: int, batch_size: int, device, progress=None
+    logits_fn, items, encode, bos: int, block_size: int, batch_size: int, device, progress=None
 ) -> dict:
     """
     {"accuracy", "accuracy_norm", "items"}: how often the right ending is the likeliest.
 
     accuracy compares whole endings, accuracy_norm their log-probability per character. They equal
     acc and acc_norm of lm-evaluation-harness in its task hellaswag, zero-shot. items: see
-    read_hellaswag; encode(text) -> ids; eot precedes an ending that has no question. What exceeds
+    read_hellaswag; encode(text) -> ids; bos precedes an ending that has no question. What exceeds
     block_size is cut off on the left. batch_size endings are read at once; progress(n) is called
     when n more of them are read.
     Raises ValueError if an ending alone exceeds block_size, RuntimeError if the model's output is
@@ -272,7 +272,7 @@ def score_hellaswag(
     """
     _check_batch_size(batch_size)
     pairs = [(item["ctx"], ending) for item in items for ending in item["endings"]]
-    encoded = [_ids_of(encode, eot, ctx, ending) for ctx, ending in pairs]
+    encoded = [_ids_of(encode, bos, ctx, ending) for ctx, ending in pairs]
     longest = max(n for _, n in encoded)
     if longest > block_size:
         raise ValueError(
@@ -336,7 +336,7 @@ def ids_to_score(data: str, tokenizer) -> list:
             f"--eval: {path} holds no text; "
             "give token shards, a text file, or a folder of .txt files"
         )
-    return [np.concatenate(([tokenizer.eot], tokenizer.encode_documents(documents)))]
+    return [np.concatenate(([tokenizer.bos], tokenizer.encode_documents(documents)))]
 
 
 def _validation_shards(folder: Path, tokenizer) -> list:
@@ -371,7 +371,7 @@ def score(model, tokenizer, data: str, block_size: int, stride: int, batch_size:
     if kind == "hellaswag":
         path = fetch_hellaswag(file or "hellaswag_val.jsonl")
         items = read_hellaswag(path)
-        r = score_hellaswag(model, items, tokenizer.encode, tokenizer.eot, **options)
+        r = score_hellaswag(model, items, tokenizer.encode, tokenizer.bos, **options)
         accuracies = f"accuracy {r['accuracy']:.4f}, length-normalised {r['accuracy_norm']:.4f}"
         return f"{path}: {accuracies} ({r['items']:,} items)"
     streams, token_bytes = ids_to_score(data, tokenizer), tokenizer.token_bytes()

@@ -1,0 +1,186 @@
+"""
+A tokenizer of Hugging Face's `tokenizers` library, for what tiktoken cannot reproduce.
+
+That is: a normalizer (ModernBERT, Qwen2.5), pieces with byte fallback (Llama, Mistral), tokens
+added in the middle of the vocabulary. The class has the interface of parts.data.tokenizers
+.Tokenizer, whose `load` chooses between the two. It is slower: 2 to 5 MB/s where tiktoken does 40.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+from parts.base.text import CHAR_TO_BYTE, EOT
+
+# what ends a document, the first of these that a vocabulary has among its special tokens
+ENDS = ("[SEP]", EOT, "</s>", "<eos>", "<|end_of_text|>")
+# what begins one; if none is there, the end of the document before it
+BEGINNINGS = ("<|begin_of_text|>", "<bos>", "[CLS]", "<s>")
+IN_UTF8 = set(range(256)) - {0xC0, 0xC1, *range(0xF5, 256)}  # bytes that a text can have
+BLANK = "\u2581"  # stands for a blank in the pieces of SentencePiece
+
+
+class HuggingFaceTokenizer:
+    """
+    The same interface as Tokenizer: encode, decode, vocab_size, eot, fingerprint.
+
+    data: the bytes of a tokenizer.json. Raises ValueError if the vocabulary does not say which
+    bytes a token stands for (WordPiece), or has no end-of-text.
+    """
+
+    def __init__(self, data: bytes):
+        import tokenizers  # imported here: most runs do not need it
+
+        self._json = data
+        self.fingerprint = hashlib.sha256(data).hexdigest()[:16]
+        spec = json.loads(data)
+        kind = spec["model"]["type"]
+        if kind not in ("BPE", "Unigram"):
+            raise ValueError(f"its model is {kind}, which does not keep all bytes of a text")
+        added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        self.special = {t["content"]: t["id"] for t in spec["added_tokens"] if t["special"]}
+        self.eot_text = next((text for text in ENDS if text in self.special), None)
+        if self.eot_text is None:
+            found = sorted(self.special)[:5]
+            raise ValueError(f"no end-of-text token among its special tokens {found}")
+        self.eot = self.special[self.eot_text]
+        self.bos = next((self.special[t] for t in BEGINNINGS if t in self.special), self.eot)
+        # special tokens in the text stay text in one of them, and are tokens in the other
+        self._plain = tokenizers.Tokenizer.from_str(data.decode())
+        self._with_special = tokenizers.Tokenizer.from_str(data.decode())
+        for tokenizer in (self._plain, self._with_special):
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+        self._plain.encode_special_tokens = True
+        vocab = self._plain.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values()) + 1
+        self.name = f"{kind.lower()}:{self.vocab_size}"
+        to_bytes = _bytes_of_piece(spec, vocab)
+        self._bytes = [b""] * self.vocab_size
+        for piece, i in vocab.items():
+            self._bytes[i] = piece.encode() if piece in added else to_bytes(piece)
+
+    def encode(self, text: str, allowed=frozenset()) -> np.ndarray:
+        """
+        Ids (T,) uint32. Special tokens in the text are text, but for those that are `allowed`.
+
+        Lone surrogates become U+FFFD. Begins and ends as the text does: nothing is added.
+        """
+        text = _without_surrogates(text)
+        written = [token for token in self.special if token in text] if allowed else []
+        if not set(written) & set(allowed):
+            return np.array(self._plain.encode(text, add_special_tokens=False).ids, np.uint32)
+        if set(written) <= set(allowed):
+            ids = self._with_special.encode(text, add_special_tokens=False).ids
+            return np.array(ids, np.uint32)
+        pattern = "|".join(re.escape(t) for t in sorted(allowed, key=len, reverse=True))
+        parts = []
+        for part in re.split(f"({pattern})", text):
+            if part in allowed:
+                parts.append(np.array([self.special[part]], np.uint32))
+            elif part:
+                parts.append(self.encode(part))
+        return np.concatenate(parts)
+
+    def encode_documents(self, documents) -> np.ndarray:
+        """Ids (T,) of all documents in order, end-of-text exactly once after each."""
+        texts = [_without_surrogates(text) for text in documents]
+        ids = []
+        for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False):
+            ids += encoding.ids
+            ids.append(self.eot)
+        return np.array(ids, np.uint32)
+
+    def decode(self, ids) -> str:
+        """
+        Text of a list of ids. Bytes that are not a whole UTF-8 character become U+FFFD.
+
+        What the normalizer changed stays changed, and a blank that it put in front stays there.
+        """
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids) -> bytes:
+        """Bytes of a list of ids: those of each id, joined."""
+        return b"".join(self._bytes[i] for i in ids)
+
+    def token_bytes(self) -> np.ndarray:
+        """Number of bytes of text of each id, (V,) int64; 0 for special tokens."""
+        lengths = np.array([len(token) for token in self._bytes], np.int64)
+        lengths[list(self.special.values())] = 0
+        return lengths
+
+    def to_json(self) -> bytes:
+        """The tokenizer.json; `Tokenizer.load` gives a tokenizer of the same fingerprint."""
+        return self._json
+
+
+def _without_surrogates(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _bytes_of_piece(spec: dict, vocab: dict):
+    """
+    A function from a piece of the vocabulary to the bytes of text that it stands for.
+
+    Raises ValueError for a tokenizer that would drop a part of a text.
+    """
+    kinds = {step["type"] for step in _steps(spec.get("decoder"), "decoders")}
+    if "ByteLevel" in kinds:
+        before = {step["type"] for step in _steps(spec.get("pre_tokenizer"), "pretokenizers")}
+        if "ByteLevel" not in before:
+            raise ValueError("its decoder is byte-level, but its pre-tokenizer is not")
+        missing = [char for char, b in CHAR_TO_BYTE.items() if char not in vocab and b in IN_UTF8]
+        convert = _bytes_of_printable
+    else:
+        missing = [b for b in IN_UTF8 if f"<0x{b:02X}>" not in vocab]
+        convert = _bytes_with_fallback
+        if not spec["model"].get("byte_fallback"):
+            raise ValueError("it is neither byte-level nor has it byte fallback")
+    if missing:
+        raise ValueError(f"it has no id for {len(missing)} of the bytes of UTF-8")
+    return convert
+
+
+def _steps(step: dict | None, name: str) -> list[dict]:
+    """The steps of a decoder or pre-tokenizer, which may be a sequence of them."""
+    return step.get(name, [step]) if step else []
+
+
+def _bytes_of_printable(piece: str) -> bytes:
+    return bytes(CHAR_TO_BYTE[c] for c in piece)
+
+
+def _bytes_with_fallback(piece: str) -> bytes:
+    if byte := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+        return bytes.fromhex(byte[1])
+    return piece.replace(BLANK, " ").encode()
+
+
+def json_of_folder(folder) -> bytes:
+    """
+    The tokenizer.json of a folder that has none, made by transformers from its other files.
+
+    Such as vocab.json and merges.txt (Qwen2.5), or tokenizer.model (Mistral), for which
+    transformers needs the package sentencepiece. Raises ValueError.
+    """
+    folder = Path(folder)
+    try:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return tokenizer.backend_tokenizer.to_str().encode()
+    except Exception as e:  # noqa: BLE001  transformers raises anything for files it cannot read
+        fix = "give a tokenizer.json"
+        if (folder / "tokenizer.model").exists():
+            fix = "pip install sentencepiece, or give a tokenizer.json"
+        why = " ".join(str(e).split())[:150]
+        raise ValueError(f"{folder}: transformers cannot read its tokenizer ({why}); {fix}") from e
