@@ -469,7 +469,7 @@ def _to_hf(folder: Path, config, tensors: dict, dtype, tokenizer: Tokenizer, sta
     for name, t in tensors.items():
         named[name] = Stored(tuple(t.shape), partial(formats.in_memory, t))
     if config.family == "gpt":
-        settings = _settings_of_gpt(config)
+        settings = settings_of_gpt(config)
         named = {n: t.transpose() if n.endswith(LINEAR) else t for n, t in named.items()}
         named = {n if n.startswith("lm_") else f"transformer.{n}": t for n, t in named.items()}
     else:
@@ -495,7 +495,7 @@ def _to_hf(folder: Path, config, tensors: dict, dtype, tokenizer: Tokenizer, sta
     (folder / "README.md").write_text(model_card(config, tokenizer, state), encoding="utf-8")
 
 
-def _settings_of_gpt(config: GPTConfig) -> dict:
+def settings_of_gpt(config: GPTConfig) -> dict:
     """The config.json of a GPT, for transformers."""
     return {
         "architectures": ["GPT2LMHeadModel"],

@@ -1,7 +1,7 @@
 """
 Memory and disk as --plan predicts them, against real runs of pretraining_advanced.py.
 
-    python benchmarks/memory.py                  # six shapes, 5 GB for 124M; 2 minutes on 2 cores
+    python benchmarks/memory.py                  # nine shapes, 5 GB for 124M; 3 minutes on 2 cores
     python benchmarks/memory.py --only tiny mini
 
 Each run is a process, on random tokens. Measured is its highest resident memory while it trains,
@@ -16,12 +16,17 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from gpt_train import GPTConfig
+import gpt_train  # noqa: F401  which adds the GPT to the families
+from parts.base.dtypes import DTYPES
 from parts.data.tokenizers import gpt2_tokenizer
+from parts.model.cpu_products import attends_in_products
+from parts.model.families import config_of
 from parts.training.metrics import read_metrics
 from parts.training.plan import Setting, count_parameters, memory_of
 
@@ -33,6 +38,9 @@ SHAPES = {  # name -> model size, tokens of context, rows, more flags
     "mini accumulated": ("mini", 256, 8, "--dtype", "fp32", "--grad_accum_steps", "2"),
     "mini checkpointed": ("mini", 256, 16, "--dtype", "fp32", "--activation_checkpointing"),
     "124M bf16": ("124M", 512, 2, "--dtype", "bf16"),
+    "llama-mini": ("llama-mini", 256, 8, "--dtype", "fp32"),
+    "llama-mini bf16": ("llama-mini", 256, 8, "--dtype", "bf16"),
+    "llama-130m bf16": ("llama-130m", 512, 2, "--dtype", "bf16"),
 }
 
 
@@ -63,10 +71,12 @@ def run(folder: Path, size: str, T: int, B: int, *flags: str) -> tuple[dict, flo
 
 def planned(facts: dict) -> tuple[int, int]:
     """(peak, bytes of tensors in a checkpoint) as the plan has them."""
-    model = GPTConfig(**facts["model_config"])
-    config = facts["config"]
+    model, config = config_of(facts), facts["config"]
     names = ("batch_size", "grad_accum_steps", "dtype", "optimizer", "activation_checkpointing")
-    parts = memory_of(model, Setting(**{name: config[name] for name in names}, keeps_copy=True))
+    setting = Setting(**{name: config[name] for name in names}, keeps_copy=True)
+    dtype = DTYPES[setting.dtype]
+    in_products = attends_in_products(torch.device("cpu"), dtype, model.block_size, 0.0)
+    parts = memory_of(model, replace(setting, attends_in_products=in_products))
     return parts["peak"], 4 * count_parameters(model) + parts["optimizer"]
 
 

@@ -1,7 +1,8 @@
 """
-One training step, ours against GPT2LMHeadModel of transformers.
+One training step, ours against GPT2LMHeadModel or LlamaForCausalLM of transformers.
 
     python benchmarks/train_step.py                        # 30 million parameters, 8 x 256 tokens
+    python benchmarks/train_step.py --size llama-mini      # 29 million
     python benchmarks/train_step.py --size 124M --batch_size 2 --context_length 512
     python benchmarks/train_step.py --eager --dtype fp32
 
@@ -23,16 +24,19 @@ import time
 SIDES = ("ours", "transformers")
 
 
-def shape_of(args) -> dict:
-    """What both sides change in the model of that size."""
-    return {"vocab_size": 50257, "block_size": args.context_length, "dropout": 0.0}
+def shape_of(args):
+    """The shape of the model on both sides."""
+    import gpt_train  # noqa: F401  which adds the GPT to the families
+    from parts.model.families import shape_of_size
+
+    return shape_of_size(args.size, {"vocab_size": 50257, "block_size": args.context_length})
 
 
 def ours(args, device, dtype):
     """A function that does one step of the production trainer and returns its loss."""
     import torch
 
-    from gpt_train import GPT, Block, GPTConfig
+    from parts.model.families import FAMILIES
     from parts.model.losses import compile_softmax
     from parts.training.engine import Engine
     from parts.training.optim import Optimizer
@@ -41,16 +45,20 @@ def ours(args, device, dtype):
     from pretraining_advanced import Job, TrainConfig, gpt_loss, gradients
 
     torch.manual_seed(0)
-    gpt = GPT(GPTConfig.of_size(args.size, **shape_of(args)))
+    shape = shape_of(args)
+    family = FAMILIES[shape.family]
+    model = family.model(shape)
     engine = Engine(Ranks(device, group=False), dtype)
-    job = Job("gpt", gpt, None, None, gpt_loss, (Block,), 1, args.context_length, {})
+    job = Job(
+        shape.family, model, None, None, gpt_loss, (family.block,), 1, args.context_length, {}
+    )
     config = TrainConfig(batch_size=args.batch_size)
 
     def make_optimizer(model):
         return Optimizer(model, job.blocks, "adamw", 0.1, device)
 
     compile_softmax(not args.eager and device.type == "cuda")
-    engine.prepare(gpt, job.blocks, make_optimizer, compile_blocks=not args.eager)
+    engine.prepare(model, job.blocks, make_optimizer, compile_blocks=not args.eager)
     progress = Progress({}, args.batch_size)
 
     def step(ids):
@@ -68,28 +76,24 @@ def ours(args, device, dtype):
 def transformers(args, device, dtype):
     """The same with transformers and torch.optim, as in their documentation."""
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    from gpt_train import GPT, GPTConfig
+    from parts.model.families import FAMILIES
+    from parts.storage.hf_llama import settings_of_config
+    from wt_load import settings_of_gpt
 
     torch.manual_seed(0)
-    shape = GPTConfig.of_size(args.size, **shape_of(args))
-    weights = GPT(shape).named_parameters()
-    config = GPT2Config(
-        n_layer=shape.n_layer,
-        n_head=shape.n_head,
-        n_embd=shape.n_embd,
-        n_positions=args.context_length,
-        resid_pdrop=0,
-        embd_pdrop=0,
-        attn_pdrop=0,
-        use_cache=False,
-    )
-    model = GPT2LMHeadModel(config).to(device)
+    shape = shape_of(args)
+    weights = FAMILIES[shape.family].model(shape).named_parameters()
+    is_gpt = shape.family == "gpt"
+    settings = settings_of_gpt(shape) if is_gpt else settings_of_config(shape)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings, use_cache=False)
+    model = AutoModelForCausalLM.from_config(config).float().to(device)
     with torch.no_grad():
         for name, p in weights:  # the names are the same; Conv1D stores its weights transposed
             linear = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-            model.transformer.get_parameter(name).copy_(p.T if linear else p)
+            theirs = f"transformer.{name}" if is_gpt else name
+            model.get_parameter(theirs).copy_(p.T if linear else p)
     model = model if args.eager else torch.compile(model)
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},

@@ -21,12 +21,14 @@ def run(script, *flags) -> str:
 SMALLEST = "--size nano --batch_size 1 --context_length 16".split()
 
 
-def test_train_step_computes_the_same_loss_on_both_sides():
+@pytest.mark.parametrize("size", ["nano", "llama-nano"])
+def test_train_step_computes_the_same_loss_on_both_sides(size):
     pytest.importorskip("transformers")
-    out = run("train_step.py", *SMALLEST, "--steps", "2", "--eager", "--dtype", "fp32")
+    flags = ("--size", size, *SMALLEST[2:], "--steps", "2", "--eager", "--dtype", "fp32")
+    out = run("train_step.py", *flags)
     losses = re.findall(r"first loss ([\d.]+)", out)
     assert len(losses) == 2 and abs(float(losses[0]) - float(losses[1])) < 2e-3
-    assert re.search(r"nano: [\d.]+ times the tokens/s, [\d.]+ of the memory", out)
+    assert re.search(rf"{size}: [\d.]+ times the tokens/s, [\d.]+ of the memory", out)
 
 
 def test_the_first_line_of_the_ladder():

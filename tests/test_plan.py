@@ -210,7 +210,7 @@ def test_memory_and_files_of_a_run_are_those_planned(request):
     options = {"capture_output": True, "text": True, "check": True}
     out = subprocess.run(command, cwd=ROOT, env=environment, **options).stdout
     found = re.findall(r"ratio ([\d.]+); checkpoint: .* ratio ([\d.]+)", out)
-    assert len(found) == (1 if only else 6), out
+    assert len(found) == (1 if only else 9), out
     for memory, files in found:
         assert float(memory) == pytest.approx(1, abs=0.15), out
         assert float(files) == pytest.approx(1, abs=0.02), out
