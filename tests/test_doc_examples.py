@@ -6,6 +6,8 @@ import pytest
 import torch
 from documents import DOCS, blocks
 
+from gpt_train import GPT, GPTConfig, generate
+
 
 @pytest.fixture(scope="module")
 def example(tmp_path_factory):
@@ -25,25 +27,39 @@ def example(tmp_path_factory):
         yield load
 
 
-def test_the_decoder_rotates_by_distance_and_never_looks_ahead(example):
-    module = example("my_decoder")
-    torch.manual_seed(0)
-    x = torch.randn(8).expand(1, 1, 12, 8)
-    rotated = module.rotated(x)[0, 0]
-    products = rotated @ rotated.T
-    for distance in range(12):
-        assert torch.allclose(products.diagonal(distance), products[0, distance], atol=1e-5)
-    assert torch.allclose(rotated.norm(dim=1), x[0, 0].norm(dim=1))
+SHAPE = {"vocab_size": 50, "block_size": 12, "n_layer": 2, "n_head": 2, "n_embd": 24}
+C, L = SHAPE["n_embd"], SHAPE["n_layer"]
+# part -> how many parameters the model has more or fewer
+PARTS = {
+    "none": 0,
+    "no_biases": -(L * (3 + 1 + 4 + 1 + 2) * C + C),
+    "rmsnorm": -(2 * L + 1) * C,
+    "rotary": -12 * C - L * 4 * C,
+    "swiglu": -L * 5 * C,
+    "grouped": -L * (C * C + 4 * C),
+}
 
-    model = module.Decoder(50, 2, 2, 16)
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_gpt_with_one_part_of_a_llama_still_never_looks_ahead(example, part):
+    module = example("one_part")
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SHAPE))
+    before = sum(p.numel() for p in model.parameters())
+    module.put_in(model, part)
+    assert sum(p.numel() for p in model.parameters()) - before == PARTS[part]
+    assert part != "no_biases" or not any("bias" in name for name, _ in model.named_parameters())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
     ids = torch.randint(50, (2, 9))
-    targets = torch.full((2, 9), -100)
-    targets[:, :4] = ids[:, 1:5]
     other = ids.clone()
-    other[:, 4:] = (ids[:, 4:] + 1) % 50
-    assert torch.allclose(model(ids, targets), model(other, targets))
-    other[:, 3] = (ids[:, 3] + 1) % 50
-    assert not torch.allclose(model(ids, targets), model(other, targets))
+    other[:, 5:] = (ids[:, 5:] + 1) % 50
+    logits, changed = model(ids), model(other)
+    assert torch.allclose(logits[:, :5], changed[:, :5], atol=1e-5)
+    assert not torch.allclose(logits[:, 5], changed[:, 5], atol=1e-3)
+    cached = generate(model, ids, 3, temperature=0)
+    assert cached.equal(generate(model, ids, 3, temperature=0, use_cache=False))
 
 
 def test_masked_rows_are_the_same_in_any_batch_and_hide_the_promised_share(example):

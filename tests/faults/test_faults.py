@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings(
 TARGETS, MANY = ("none", "thread", "ddp", "fsdp", "galore", "muon"), ("ddp", "fsdp")
 # test -> (targets every time, targets with --nightly)
 WHERE = {
-    "test_kill": (TARGETS, TARGETS),
+    "test_kill": ((*TARGETS, "llama"), (*TARGETS, "llama")),
     "test_kill_before_file_events": (("none", "thread", "ddp", "galore", "muon"), TARGETS),
     "test_signals": (("none", "ddp", "galore", "muon"), TARGETS),
     "test_damaged_checkpoints": (("none",), ("none", "ddp", "fsdp")),
