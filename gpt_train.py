@@ -229,8 +229,6 @@ class GPT(nn.Module):
         return cross_entropy_of_head(x.flatten(0, 1), head, targets.flatten())
 
 
-FAMILIES["gpt"] = Family(GPTConfig, GPT, Block, "h", SIZES)
-
 # --------------------------------------------------------------------------------- loss, evaluation
 
 
@@ -492,6 +490,8 @@ def plot_run(run_dir, vocab_size: int | None = None) -> None:
 
 
 # ----------------------------------------------------------------------- sampling from a checkpoint
+
+FAMILIES["gpt"] = Family(GPTConfig, GPT, Block, "h", SIZES)
 
 
 def load_model(path, device) -> tuple[nn.Module, Tokenizer, dict]:

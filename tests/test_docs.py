@@ -38,6 +38,7 @@ OF_OTHERS = {  # flag -> the program that has it
     "tasks": "lm_eval",
     "include_path": "lm_eval",
     "port": "marimo",
+    "part": "benchmarks/llama_parts.py",
 }
 
 
