@@ -475,10 +475,11 @@ def _to_hf(folder: Path, config, tensors: dict, dtype, tokenizer: Tokenizer, sta
     else:
         settings = hf_llama.settings_of_config(config)
     formats.write_folder(folder, named, dtype)
-    ids = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
+    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eot}
+    texts = {i: text for text, i in tokenizer.special.items()}
     settings |= {"dtype": str(dtype).removeprefix("torch."), **ids}
     tokenizer_settings = {
-        "bos_token": tokenizer.eot_text,
+        "bos_token": texts[tokenizer.bos],
         "eos_token": tokenizer.eot_text,
         "unk_token": tokenizer.eot_text,
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -557,6 +558,10 @@ def model_card(config: GPTConfig, tokenizer: Tokenizer, state: dict) -> str:
 
 def _to_gguf(file: Path, config, tensors: dict, dtype, tokenizer: Tokenizer, state: dict) -> None:
     _refuse_other_families("gguf", config)
+    if not isinstance(tokenizer, Tokenizer):
+        raise ValueError(
+            "--to gguf: llama.cpp would give other ids than its tokenizer; use --to hf"
+        )
     write_gguf(file, config, tensors, dtype, tokenizer, state["step"])
 
 

@@ -1,10 +1,11 @@
 """Llama, Qwen2 and Mistral in and out of Hugging Face's folders; what does not fit is refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from conftest import one_error_line, run
+from conftest import one_error_line, run, shared
 from test_llama import FAMILIES, SMALL, both
 
 import wt_load
@@ -84,6 +85,31 @@ def test_an_exported_tokenizer_opens_with_the_same_ids(tmp_path, tokenizer):
     assert theirs(text)["input_ids"] == byte_tokenizer().encode(text).tolist()
 
 
+def test_a_tokenizer_that_tiktoken_cannot_run_goes_in_and_out(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    source = shared("data/tokenizers/qwen2.5")
+    monkeypatch.setitem(SMALL, "vocab_size", 151_665)
+    their_folder("qwen2", tmp_path / "theirs")
+    for file in source.iterdir():
+        shutil.copy(file, tmp_path / "theirs")
+    main(ImportConfig(str(tmp_path / "theirs"), str(tmp_path / "run")))
+    main(ExportConfig(str(tmp_path / "run"), ("hf", str(tmp_path / "out"))))
+    ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = "\u041f\u0440\u0438\u0432\u0435\u0442 e\u0301 <|im_end|>\n  f:{x+1}"
+    theirs = transformers.AutoTokenizer.from_pretrained(source)
+    assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+    line = (tmp_path / "out/generation_config.json").read_text(encoding="utf-8")
+    assert json.loads(line)["eos_token_id"] == 151_643
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path):
+    their_folder("llama", tmp_path / "theirs")
+    source = shared("data/tokenizers/modernbert-base")
+    flags = ("import", tmp_path / "theirs", "run", "--tokenizer", source)
+    line = one_error_line(run("wt_load.py", *flags, cwd=tmp_path), 2)
+    assert "has 50,368 ids, the model a vocabulary of 257" in line
+
+
 def test_info_diff_verify_and_sampling(tmp_path, tokenizer, capsys):
     their_folder("llama", tmp_path / "a")
     their_folder("llama", tmp_path / "b")
@@ -123,6 +149,8 @@ BAD_SETTINGS = [
     ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "of the type 'yarn'"),
     ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "of the type 'linear'"),
     ({"rope_parameters": {"rope_type": "llama3"}}, "factor is None, not a number"),
+    ({"num_local_experts": 8}, "num_local_experts is 8, this Llama computes with None"),
+    ({"alibi": True}, "alibi is True, this Llama computes with False"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is"),
     ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
     ({"num_hidden_layers": 10**9}, "too few for 1000000000 blocks"),

@@ -29,6 +29,8 @@ SUPPORTED = {
     "use_sliding_window": (False,),
     "partial_rotary_factor": (1.0,),
     "quantization_config": (None,),
+    "num_local_experts": (None,),
+    "alibi": (False,),
 }
 
 
