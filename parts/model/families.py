@@ -75,8 +75,9 @@ def shape_to_continue(config, asked: dict, context_length: int):
 
 def _check_names(kind: type, asked: dict) -> None:
     if unknown := [name for name in asked if name not in kind.__dataclass_fields__]:
-        what = f"a model of the family {kind.family} has none"
-        raise ValueError(f"--{unknown[0]}: {what}; leave the flag out")
+        raise ValueError(
+            f"--{unknown[0]}: a model of the family {kind.family} has none; leave the flag out"
+        )
 
 
 def shell(config) -> nn.Module:
