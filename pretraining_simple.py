@@ -44,7 +44,7 @@ from parts.cli.config import parse
 from parts.cli.launch import StopRequest, error_line, run_script
 from parts.data.tokenizers import make_tokenizer, vocabulary_of
 from parts.storage.checkpoint import save_checkpoint
-from parts.storage.run_folder import move_aside
+from parts.storage.run_folder import claimed
 from parts.training import plan
 from prep_dataset import load_documents
 
@@ -101,7 +101,7 @@ def resolve(config: SimpleConfig, device) -> None:
     if abs(config.seed) >= 2**32:
         raise ValueError(f"--seed: {config.seed} does not fit into 32 bits; give a smaller number")
     GPTConfig.of_size(config.model_size)  # raises if there is no such size
-    # An earlier run is renamed (see start_run), and that must not happen to these folders.
+    # An earlier run is renamed (see train), and that must not happen to these folders.
     folder = config.output_dir
     if Path(folder).resolve() in (Path.cwd(), Path(config.data_dir or "/").resolve()):
         raise ValueError(f"--output_dir: {folder} is the current folder or --data_dir; use another")
@@ -164,11 +164,9 @@ def learning_rate_share(step: int, n_steps: int) -> float:
 
 
 def start_run(run_dir: Path, facts: dict) -> None:
-    """Create the run folder with run.json in it. An earlier run in this folder is renamed first."""
+    """Write run.json, with which the run exists."""
     facts = {**facts, "torch": torch.__version__, "command": sys.argv}
     try:
-        if earlier := move_aside(run_dir):
-            print(f"the earlier run is kept as {earlier}")
         write_file(run_dir / "run.json", json.dumps(facts, indent=1).encode())
     except OSError as e:
         raise ValueError(f"--output_dir: {error_line(e)}; choose a writable folder") from e
@@ -179,21 +177,30 @@ def start_run(run_dir: Path, facts: dict) -> None:
 
 def main(config: SimpleConfig) -> int:
     """Train one model. Returns the exit code: 0, or 130 or 75 if it was stopped early."""
-    # Where to compute, and with which settings. Letters as everywhere here: B rows of T tokens.
+    # Where to compute, and with which settings.
     device = pick_device(config.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 products: fast, with 10 bits of fraction
     resolve(config, device)
-    run_dir = Path(config.output_dir)
-    B = config.batch_size
-    T = config.context_length
 
     # --plan prints what a run would need, and ends here.
     if config.plan or config.plan_memory_gb:
         V = vocabulary_of(config.tokenizer, on_gpu=device.type != "cpu")
-        planned = GPTConfig.of_size(config.model_size, vocab_size=V, block_size=T)
+        sizes = {"vocab_size": V, "block_size": config.context_length}
+        planned = GPTConfig.of_size(config.model_size, **sizes)
         limits = (config.max_steps, config.plan_memory_gb)
-        return plan.show_plan(planned, lambda: GPT(planned), B, device, *limits)
+        return plan.show_plan(planned, lambda: GPT(planned), config.batch_size, device, *limits)
+
+    # The run folder is for this process alone. An earlier run in it is renamed later.
+    with claimed(config.output_dir) as move_earlier_run:
+        return train(config, device, move_earlier_run)
+
+
+def train(config: SimpleConfig, device, move_earlier_run) -> int:
+    """All of the training, from the text to the plot. Returns the exit code, as main does."""
+    run_dir = Path(config.output_dir)
+    B = config.batch_size  # letters as everywhere here: B rows of T tokens
+    T = config.context_length
 
     # Text to tokens: read it, hold some of it out, and number its pieces.
     documents, source = load_documents(config.data_dir)
@@ -231,6 +238,7 @@ def main(config: SimpleConfig) -> int:
 
     # What stays of the run: the run folder, and the losses of each step for the plot.
     facts = {"config": asdict(config), "model": asdict(model_config), "data": source}
+    move_earlier_run()
     start_run(run_dir, {**facts, "tokenizer": tokenizer.name})
     train_losses = [None]  # one per step; step 0 is the model before training
     val_losses = [None]  # None where the step was not evaluated

@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, TINY, one_error_line, run
 
 from gpt_train import load_model
+from parts.storage.run_folder import claimed
 from pretraining_simple import learning_rate_share, split_documents, train_batches, val_batches
 
 FINISHED = {"max_steps": 30, "eval_freq": 10, "print_sample_iter": 15, "lr": 0.01}
@@ -113,6 +114,47 @@ def test_a_run_inside_the_data_folder_is_not_read_as_text(texts, tmp_path):
         result = simple(tmp_path, data_dir="t", max_steps=2, output_dir="t/run")
         assert result.returncode == 0
     assert metrics(tmp_path, "t/run") == metrics(tmp_path, "t/run-1")
+
+
+def test_a_folder_in_use_is_refused_and_not_moved(texts, tmp_path):
+    """Whichever trainer is running in it: they take the same lock."""
+    runs = tmp_path / "runs"
+    with claimed(runs / "simple"):
+        (runs / "simple/run.json").write_text("{}", encoding="utf-8")
+        advanced = ("--dataset_name", texts, "--val_share", "0.5", "--resume", "never")
+        for script, data in (
+            ("pretraining_simple.py", ("--data_dir", texts)),
+            ("pretraining_advanced.py", (*advanced, "--cache_dir", tmp_path / "cache")),
+        ):
+            flags = (*data, *TINY, "--output_dir", "runs/simple")
+            line = one_error_line(run(script, *flags, cwd=tmp_path), 2)
+            assert "--output_dir: runs/simple is in use by another run" in line
+            assert [p.name for p in runs.iterdir()] == ["simple"]
+        assert not (runs / "simple/metrics.jsonl").exists()
+
+
+def test_an_earlier_run_stays_where_it_is_if_the_next_does_not_start(finished, texts, tmp_path):
+    run_dir = tmp_path / "runs/simple"
+    shutil.copytree(finished[0] / "runs/simple", run_dir)
+    before = sorted(p.name for p in run_dir.iterdir())  # the hidden .lock of that run, too
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short/a.txt").write_text("Too short.", encoding="utf-8")
+    result = run("pretraining_simple.py", "--data_dir", "short", *TINY, cwd=tmp_path)
+    one_error_line(result, 2)
+    assert sorted(p.name for p in run_dir.iterdir()) == before
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["simple"]
+
+
+def test_the_lock_of_a_run_that_is_moved_is_held_until_its_successor_ends(tmp_path):
+    with claimed(tmp_path / "x") as begin_afresh:
+        (tmp_path / "x/run.json").write_text("{}", encoding="utf-8")
+        begin_afresh()
+        for name in ("x", "x-1"):
+            with pytest.raises(ValueError, match="in use by another run"), claimed(tmp_path / name):
+                pass
+    for name in ("x", "x-1"):
+        with claimed(tmp_path / name):
+            pass
 
 
 def test_a_run_that_lost_its_run_json_is_kept_too(texts, tmp_path):

@@ -19,53 +19,56 @@ from parts.storage.checkpoint import list_checkpoints
 
 
 @contextlib.contextmanager
-def claimed(run_dir, afresh: bool):
+def claimed(run_dir, afresh: bool = False):
     """
-    Hold the run folder for this process alone.
+    Hold the run folder for this process alone; yields a function that moves an earlier run aside.
 
-    With `afresh` an earlier run in it is moved aside. If the run does not start, so that there is
-    no run.json, nothing of ours is left in the folder. Raises ValueError if it cannot be had.
+    With `afresh` that is done at once. If the run does not start, so that there is no run.json,
+    nothing of ours is left in the folder. Raises ValueError if it cannot be had.
     """
-    from filelock import Timeout
-
     run_dir = Path(run_dir)
     if run_dir.resolve() == Path.cwd():
         raise ValueError(
             f"--output_dir: {run_dir} is the current folder; name another one for the run"
         )
     created = not run_dir.exists()
+    locks = [_lock(run_dir)]
+
+    def begin_afresh() -> None:
+        # the lock moves along with the earlier run, and is held: nobody resumes that run meanwhile
+        if earlier := move_aside(run_dir):
+            print(f"the earlier run is kept as {earlier}", flush=True)
+            locks.append(_lock(run_dir))
+
     try:
-        lock = _lock(run_dir)
         if afresh:
-            lock.release()
-            if earlier := move_aside(run_dir):
-                print(f"the earlier run is kept as {earlier}", flush=True)
-            lock = _lock(run_dir)
-    except Timeout as e:
-        raise ValueError(
-            f"--output_dir: {run_dir} is in use by another run; wait for it to end, "
-            "or choose another --run_name"
-        ) from e
-    except OSError as e:
-        raise ValueError(
-            f"--output_dir: {e.filename or run_dir}: {e.strerror}; choose a writable folder"
-        ) from e
-    try:
-        yield
+            begin_afresh()
+        yield begin_afresh
     finally:
         if not (run_dir / "run.json").exists():
             (run_dir / ".lock").unlink(missing_ok=True)
-        lock.release()
+        for lock in locks:
+            lock.release()
         if created and run_dir.is_dir() and not any(run_dir.iterdir()):
             run_dir.rmdir()
 
 
 def _lock(run_dir: Path):
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
-    make_folder(run_dir)
-    lock = FileLock(run_dir / ".lock")
-    lock.acquire(timeout=0)
+    try:
+        make_folder(run_dir)
+        lock = FileLock(run_dir / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout as e:
+        raise ValueError(
+            f"--output_dir: {run_dir} is in use by another run; wait for it to end, "
+            "or choose another folder"
+        ) from e
+    except OSError as e:
+        raise ValueError(
+            f"--output_dir: {e.filename or run_dir}: {e.strerror}; choose a writable folder"
+        ) from e
     return lock
 
 
