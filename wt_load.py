@@ -40,10 +40,19 @@ from typing import Literal
 
 import torch
 import tyro
+from safetensors import SafetensorError
 
 from gpt_train import SIZES, GPTConfig, load_model
 from parts.base.dtypes import DTYPES
-from parts.base.files import fsync, make_folder, read_json, rename_durably, sha256_of
+from parts.base.files import (
+    fsync,
+    make_folder,
+    no_empty_folders,
+    read_json,
+    rename_durably,
+    sha256_of,
+    why_not_written,
+)
 from parts.cli.config import parse
 from parts.cli.launch import error_line, run_script
 from parts.data.tokenizers import FILES as TOKENIZER_FILES
@@ -359,7 +368,7 @@ def import_weights(config: ImportConfig) -> None:
         "kind": weights.facts.get("kind", "checkpoint of this project"),
     }
     files = {"tokenizer.json": tokenizer.to_json()}
-    folder = save_checkpoint(config.run_dir, 0, {"model.safetensors": tensors}, state, files, 1)
+    folder = save_new_run(config.run_dir, 0, tensors, state, files)
     n = count_parameters(weights.config)
     print(f"{folder}: {n:,} parameters from {config.source}, tokenizer {tokenizer.name}")
     print(f"python gpt_train.py --checkpoint {config.run_dir} --prompt 'Once'")
@@ -369,6 +378,12 @@ def refuse_existing(run_dir: str) -> None:
     """Raises ValueError if the path is a file, or a folder that is not empty."""
     if os.path.isfile(run_dir) or (os.path.isdir(run_dir) and os.listdir(run_dir)):
         raise ValueError(f"{run_dir}: exists already; name another run folder, or move it away")
+
+
+def save_new_run(run_dir: str, step: int, tensors: dict, state: dict, files: dict) -> Path:
+    """The first checkpoint of a run folder; if it cannot be written, nothing is left there."""
+    with no_empty_folders(Path(run_dir) / "checkpoints"):
+        return save_checkpoint(run_dir, step, {"model.safetensors": tensors}, state, files, 1)
 
 
 def tokenizer_of(weights: Weights, spec: str | None) -> Tokenizer:
@@ -426,16 +441,20 @@ def export(config: ExportConfig) -> None:
     part = target.with_name(f".{target.name}.part")
     _delete(part)
     write = {"hf": _to_hf, "gguf": _to_gguf, "nanogpt": _to_nanogpt}[kind]
-    try:
-        make_folder(part.parent)
-        write(part, model.config, tensors, dtype, tokenizer, state)
-        for file in part.iterdir() if part.is_dir() else ():
-            fsync(file)
-        if target.is_dir():
-            _delete(target)
-        rename_durably(part, target)
-    finally:
-        _delete(part)
+    with no_empty_folders(part.parent):
+        try:
+            make_folder(part.parent)
+            write(part, model.config, tensors, dtype, tokenizer, state)
+            for file in part.iterdir() if part.is_dir() else ():
+                fsync(file)
+            if target.is_dir():
+                _delete(target)
+            rename_durably(part, target)
+        except (OSError, SafetensorError, RuntimeError) as e:  # each library has its own error
+            fix = "nothing was written; free some space and run the same command again"
+            raise OSError(f"{target}: {why_not_written(e, part.parent)}; {fix}") from e
+        finally:
+            _delete(part)
     n_bytes = sum(f.stat().st_size for f in ([target] if target.is_file() else target.iterdir()))
     print(f"{target}: step {state['step']} of {folder}, {config.dtype}, {n_bytes:,} bytes")
 
@@ -749,7 +768,7 @@ def average(config: AverageConfig) -> None:
         "best": None,
     }
     files = {"tokenizer.json": tokenizer.to_json()}
-    folder = save_checkpoint(config.out, step, {"model.safetensors": mean}, state, files, 1)
+    folder = save_new_run(config.out, step, mean, state, files)
     print(f"{folder}: the mean of {len(folders)} checkpoints")
 
 

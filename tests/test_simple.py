@@ -64,7 +64,7 @@ def test_a_run_learns_and_leaves_its_files(finished):
 
     run_dir = folder / "runs/simple"
     files = ["checkpoints", "loss.png", "metrics.jsonl", "run.json", "samples.txt"]
-    assert sorted(p.name for p in run_dir.iterdir()) == files
+    assert sorted(p.name for p in run_dir.glob("[!.]*")) == files
     assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step_000030"]
     samples = (run_dir / "samples.txt").read_text(encoding="utf-8")
     assert re.findall(r"--- step (\d+)", samples) == ["15", "30"]

@@ -10,9 +10,13 @@ Write under a temporary name, fsync, rename, fsync the folder.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 
 
@@ -43,10 +47,39 @@ def make_folder(path) -> None:
         fsync(folder.parent)
 
 
+@contextlib.contextmanager
+def no_empty_folders(path):
+    """Afterwards delete `path` and the folders above it if they are new, and empty."""
+    path = Path(path)
+    missing = list(itertools.takewhile(lambda folder: not folder.exists(), (path, *path.parents)))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # the first that is not empty ends it
+            for folder in missing:
+                folder.rmdir()
+
+
 def add_file_name(e: BaseException, path) -> None:
     """Set the file name of an OSError that has none: a failed write does not name its file."""
     if isinstance(e, OSError) and e.strerror and not e.filename:
         e.filename = str(path)
+
+
+def why_not_written(e: Exception, folder) -> str:
+    """
+    Why a library could not write a file in `folder`, in the system's words.
+
+    torch and numpy only say how many bytes they have written.
+    """
+    if isinstance(e, OSError) and e.strerror:
+        return e.strerror
+    text = " ".join(str(e).split())
+    if found := re.search(r"([\w ]+) \(os error \d+\)", text):
+        return found[1].strip()
+    if shutil.disk_usage(folder).free < 1 << 20:
+        return "No space left on device"
+    return f"it cannot be written ({text[:150]})"
 
 
 def write_file(path, data: bytes) -> None:

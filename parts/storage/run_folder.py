@@ -13,7 +13,7 @@ import re
 import shutil
 from pathlib import Path
 
-from parts.base.files import make_folder, write_file
+from parts.base.files import make_folder, no_empty_folders, write_file
 from parts.base.units import format_bytes
 from parts.storage.checkpoint import list_checkpoints
 
@@ -31,26 +31,24 @@ def claimed(run_dir, afresh: bool = False):
         raise ValueError(
             f"--output_dir: {run_dir} is the current folder; name another one for the run"
         )
-    created = not run_dir.exists()
-    locks = [_lock(run_dir)]
+    with no_empty_folders(run_dir):
+        locks = [_lock(run_dir)]
 
-    def begin_afresh() -> None:
-        # the lock moves along with the earlier run, and is held: nobody resumes that run meanwhile
-        if earlier := move_aside(run_dir):
-            print(f"the earlier run is kept as {earlier}", flush=True)
-            locks.append(_lock(run_dir))
+        def begin_afresh() -> None:
+            # the lock moves along with the earlier run, and is held until its successor ends
+            if earlier := move_aside(run_dir):
+                print(f"the earlier run is kept as {earlier}", flush=True)
+                locks.append(_lock(run_dir))
 
-    try:
-        if afresh:
-            begin_afresh()
-        yield begin_afresh
-    finally:
-        if not (run_dir / "run.json").exists():
-            (run_dir / ".lock").unlink(missing_ok=True)
-        for lock in locks:
-            lock.release()
-        if created and run_dir.is_dir() and not any(run_dir.iterdir()):
-            run_dir.rmdir()
+        try:
+            if afresh:
+                begin_afresh()
+            yield begin_afresh
+        finally:
+            if not (run_dir / "run.json").exists():
+                (run_dir / ".lock").unlink(missing_ok=True)
+            for lock in locks:
+                lock.release()
 
 
 def _lock(run_dir: Path):
