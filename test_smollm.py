@@ -273,6 +273,11 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        if sys.argv[1:] in (["--help"], ["-h"]):
+            sys.exit(print(__doc__.strip()))
+        print(f"error: {sys.argv[1]}: this script has no flags but --help", file=sys.stderr)
+        sys.exit(2)
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -702,14 +702,22 @@ def list_run(config: ListConfig) -> None:
         raise FileNotFoundError(
             f"{config.path}: no checkpoints here; give a run folder such as runs/advanced"
         )
+    states, damage = {}, {}
     for folder in folders:
         try:
             verify_checkpoint(folder)
-            state = read_state(folder)
+            states[folder] = read_state(folder)
         except ValueError as e:
-            print(f"{folder}: damaged ({e})")
+            damage[folder] = e
+    # each checkpoint names the best so far: the newest knows
+    newest = next(reversed(states.values()), {})
+    best_step = (newest.get("best") or {}).get("step")
+    for folder in folders:
+        if folder in damage:
+            print(f"{folder}: damaged ({damage[folder]})")
             continue
-        is_best = (state.get("best") or {}).get("step") == state["step"]
+        state = states[folder]
+        is_best = state["step"] == best_step
         n_bytes = sum(f.lstat().st_size for f in folder.iterdir())
         progress = f"step {step_of(folder)}, {state.get('tokens', 0):,} tokens"
         print(f"{folder}: {progress}, {n_bytes:,} bytes{', the best' if is_best else ''}")

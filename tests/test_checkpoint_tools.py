@@ -116,7 +116,17 @@ def test_list_names_every_checkpoint_and_the_damaged_one(tmp_path, capsys):
     main(ListConfig(str(tmp_path / "run")))
     lines = capsys.readouterr().out.splitlines()
     assert ["damaged" in line for line in lines] == [False, True, False]
-    assert ["the best" in line for line in lines] == [True, False, True]
+    assert ["the best" in line for line in lines] == [False, False, True]
+
+
+def test_list_names_one_checkpoint_the_best(tmp_path, capsys):
+    """Each checkpoint records the best so far; the newest knows which it is."""
+    for step in (1, 2, 3):
+        best = {"step": min(step, 2), "val_loss": 1.0}
+        as_run(gpt(), tmp_path / "run", step=step, best=best)
+    main(ListConfig(str(tmp_path / "run")))
+    lines = capsys.readouterr().out.splitlines()
+    assert ["the best" in line for line in lines] == [False, True, False]
 
 
 def test_diff_names_what_differs_and_by_how_much(tmp_path, capsys):

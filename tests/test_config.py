@@ -5,8 +5,13 @@ from typing import ClassVar, Literal
 
 import pytest
 
+from gpt_train import SampleConfig
 from parts.cli.config import from_yaml, parse
+from parts.cli.foreign_names import FOREIGN_NAMES
+from prep_dataset import TokenizeConfig
 from pretraining_advanced import RunConfig, TrainConfig
+from pretraining_simple import SimpleConfig
+from wt_load import AverageConfig
 
 
 @dataclasses.dataclass
@@ -103,7 +108,8 @@ def test_flags_take_both_spellings_and_booleans_both_ways():
         (["--lr", "--fast"], ["--lr: needs a number after it"]),
         (["--zzz", "--lr=x"], ["--zzz: no such flag (see --help)", "--lr: 'x' is not a number"]),
         (["--no_lr"], ["--no_lr: no such flag; did you mean --lr? (see --help)"]),
-        (["--fast", "False"], ["Unrecognized options: False (see --help)"]),
+        (["--fast", "False"], ["--fast: takes no value; write --fast or --no_fast"]),
+        (["--no-fast", "true"], ["--no-fast: takes no value; write --fast or --no_fast"]),
         (["--book_ids", "x"], None),
         (["word"], None),
     ],
@@ -111,6 +117,50 @@ def test_flags_take_both_spellings_and_booleans_both_ways():
 def test_each_problem_is_one_line_and_the_exit_code_is_two(argv, lines, capsys):
     errors = refused(capsys, argv, Config)
     assert errors == lines or (lines is None and len(errors) == 1)
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--learning_rate", "; here it is --max_lr"),
+        ("--train_ratio", "; here it is --val_share"),
+        ("--num_workers", "; leave it out, a thread reads batches ahead"),
+        ("--use_galore", "; here it is --optimizer galore"),
+        ("--use_compile", "; here it is --compile"),
+        ("--resume_from", "; here it is --resume"),
+        ("--dataset", "; here it is --dataset_name"),
+        ("--use_ddp", "; here it is --parallel ddp"),
+        ("--max-samples", "; here it is --max_documents"),
+        ("--no_galore_rank", "; did you mean --galore_rank?"),
+        ("--batch_sise", "; did you mean --batch_size?"),
+        ("--use_something", ""),
+    ],
+)
+def test_names_of_other_trainers_are_translated(flag, words, capsys):
+    assert refused(capsys, [flag, "1"], TrainConfig) == [
+        f"{flag}: no such flag{words} (see --help)"
+    ]
+
+
+def test_names_of_other_trainers_in_a_file_too(tmp_path, capsys):
+    path = tmp_path / "theirs.yaml"
+    path.write_text("learning_rate: 1\nuse_ddp: true\n", encoding="utf-8")
+    errors = refused(capsys, ["--config", str(path)], TrainConfig)
+    assert errors == [
+        f"{path}: 'learning_rate': no such setting; here it is --max_lr",
+        f"{path}: 'use_ddp': no such setting; here it is --parallel ddp",
+    ]
+
+
+def test_every_translation_is_a_setting_of_a_script_and_no_name_is_taken():
+    configs = [TrainConfig, SimpleConfig, SampleConfig, TokenizeConfig, AverageConfig]
+    fields = [{field.name for field in dataclasses.fields(c)} for c in configs]
+    for name, candidates in FOREIGN_NAMES.items():
+        for words in candidates:
+            field = words.split()[0]
+            assert any(field in known for known in fields), field
+            # a script that has both names would never suggest the other
+            assert any(field in known and name not in known for known in fields), (name, field)
 
 
 def test_many_problems_are_counted(capsys):

@@ -25,6 +25,8 @@ from typing import Annotated, NoReturn, Union
 
 import tyro
 
+from parts.cli.foreign_names import name_here
+
 MAX_YAML_CHARS = 1 << 20
 MAX_PROBLEMS = 4  # more are counted, not printed
 NUMBERS = {int: "a whole number", float: "a number"}
@@ -166,7 +168,7 @@ def from_yaml(config_class, path: str):
     for name, value in _read_yaml(path).items():
         own = others.get(name, name)
         if own not in types or own == "config":
-            nearest = _nearest(str(name), sorted({*types, *others}))
+            nearest = name_here(str(name), types) or _nearest(str(name), sorted({*types, *others}))
             problems.append(f"{path}: {str(name)[:50]!r}: no such setting{nearest}")
         elif own in names:
             problems.append(f"{path}: {names[own]}, {name}: are the same setting; give one of them")
@@ -261,6 +263,16 @@ def _nearest(word: str, known) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def _suggestion(flag: str, name: str, known: list[str]) -> str:
+    """What an unknown flag may mean: a field of another program's name, or of a similar one."""
+    bare = name.removeprefix("no_")
+    if bare not in known and (words := name_here(bare, known)):
+        return words
+    # what all flags of a kind begin with does not make them similar
+    similar = _nearest(bare.removeprefix("use_"), [k.removeprefix("use_") for k in known])
+    return _nearest(flag, [f"--{k}" for k in known]) if similar else ""
+
+
 def _problems(tyro_output: str, argv, typed: dict[str, str], classes) -> list[str]:
     """Every unknown flag and every wrong number on the line, else tyro's own words in one line."""
     types = _types(classes)
@@ -273,11 +285,13 @@ def _problems(tyro_output: str, argv, typed: dict[str, str], classes) -> list[st
         if not name:
             continue
         if name not in known:
-            nearest = _nearest(flag, [f"--{k}" for k in known])
-            problems.append(f"{flag}: no such flag{nearest} (see --help)")
+            problems.append(f"{flag}: no such flag{_suggestion(flag, name, known)} (see --help)")
             continue
         if not value and i + 1 < len(argv) and not argv[i + 1].startswith("--"):
             value = argv[i + 1]
+        if types.get(name.removeprefix("no_")) is bool and value:
+            own = name.removeprefix("no_")
+            problems.append(f"{flag}: takes no value; write --{own} or --no_{own}")
         problems += _wrong_number(flag, value, types.get(name))
     return problems or [_tyro_words(tyro_output, typed)]
 
