@@ -590,7 +590,8 @@ def main(config: SampleConfig) -> None:
     )
     if config.eval:
         T, B = c.block_size, config.batch_size
-        return print(scoring.score(model, tokenizer, config.eval, T, config.stride or T, B, device))
+        stride = T if config.stride is None else config.stride
+        return print(scoring.score(model, tokenizer, config.eval, T, stride, B, device))
     prompt = config.prompt
     if config.prompt_file:
         prompt = scoring.read_utf8(config.prompt_file, "--prompt_file")

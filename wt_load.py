@@ -50,13 +50,12 @@ from parts.base.files import (
     no_empty_folders,
     read_json,
     rename_durably,
-    sha256_of,
     why_not_written,
 )
 from parts.cli.config import parse
 from parts.cli.launch import error_line, run_script
 from parts.data.tokenizers import FILES as TOKENIZER_FILES
-from parts.data.tokenizers import Tokenizer, gpt2_tokenizer
+from parts.data.tokenizers import Tokenizer, byte_tokenizer, gpt2_tokenizer
 from parts.model.families import check_tensors, config_of, shell
 from parts.model.llama import LlamaConfig
 from parts.storage import formats, hf_llama
@@ -71,6 +70,7 @@ from parts.storage.checkpoint import (
 )
 from parts.storage.formats import Stored
 from parts.storage.gguf_format import write_gguf
+from parts.storage.hub import from_hub
 from parts.storage.tf_bundle import find_prefix
 from parts.training.plan import count_parameters
 
@@ -106,7 +106,7 @@ class ImportConfig:
 
     source: Path_  # hf:NAME, a Hugging Face or TensorFlow folder, or a safetensors or torch file
     run_dir: Path_  # run folder to write
-    tokenizer: str | None = None  # folder or file; None: the source's, otherwise GPT-2's
+    tokenizer: str | None = None  # folder, file, gpt2 or bytes; None: the source's, else GPT-2's
     n_head: int | None = None  # attention heads, if neither file nor size tells
     debug: bool = False  # show the traceback of an error
 
@@ -198,6 +198,11 @@ def _gpt_of(tensors: dict, settings: dict, n_head: int | None) -> tuple[GPTConfi
     named = formats.our_names(tensors)
     shape = formats.shape_of(named, settings)
     config = GPTConfig(**shape, n_head=_n_head(shape, settings, n_head))
+    if config.tied and settings.get("tie_word_embeddings") is False:
+        raise ValueError(
+            "config.json says that the head is not the embedding, but lm_head.weight is missing; "
+            "get the complete weights, or correct config.json"
+        )
     config.tied = config.tied or _head_is_embedding(named, "wte.weight")
     if config.tied:
         named.pop("lm_head.weight", None)
@@ -311,43 +316,6 @@ def load_gpt(source: str, n_head: int | None = None) -> torch.nn.Module:
     return model.eval()
 
 
-def from_hub(name: str) -> Path:
-    """
-    The folder of a model in the hub's cache, downloaded by the hub's library if it is not there.
-
-    Raises ValueError if it is not available, or if a file differs from the sha256 in its name.
-    """
-    from huggingface_hub import snapshot_download  # only this function needs it
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    def download(weights: str) -> Path:
-        files = ["config.json", "added_tokens.json", "tokenizer_config.json", *TOKENIZER_FILES]
-        files.append(weights)
-        return Path(snapshot_download(name, allow_patterns=files, etag_timeout=10))
-
-    try:
-        try:
-            folder = Path(snapshot_download(name, local_files_only=True))
-            formats.read_folder(folder)
-        except (LocalEntryNotFoundError, ValueError):  # not in the cache, or not all of it
-            folder = download("model*.safetensors*")
-            if not any(folder.glob("model*.safetensors*")):
-                folder = download("pytorch_model*.bin*")
-    except Exception as e:  # noqa: BLE001  errors of whatever http library the hub's client uses
-        reason = " ".join(str(e).split())[:150]
-        raise ValueError(
-            f"hf:{name}: not in the hub's cache, and not available from the hub ({reason}); "
-            "give a folder instead"
-        ) from e
-    for file in sorted([*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]):
-        blob = file.resolve()  # the cache names large files after their sha256
-        if len(blob.name) == 64 and sha256_of(blob) != blob.name:
-            raise ValueError(
-                f"{blob}: differs from the sha256 in its name; delete it and run the command again"
-            )
-    return folder
-
-
 # ------------------------------------------------------------------------------------------- import
 
 
@@ -393,15 +361,17 @@ def tokenizer_of(weights: Weights, spec: str | None) -> Tokenizer:
     Raises ValueError if its vocabulary does not fit the model.
     """
     V = weights.config.vocab_size
-    if spec or weights.tokenizer_path:
+    if spec == "bytes":
+        tokenizer = byte_tokenizer()
+    elif spec not in (None, "gpt2") or (spec is None and weights.tokenizer_path):
         tokenizer = Tokenizer.load(spec or weights.tokenizer_path)
-    elif V in (50257, 50304):  # GPT-2's; nanoGPT pads it to a multiple of 64
+    elif spec == "gpt2" or V in (50257, 50304):  # nanoGPT pads it to a multiple of 64
         try:
             tokenizer = gpt2_tokenizer()
         except OSError as e:
             raise ValueError(
-                "--tokenizer: the source has none, and GPT-2's is neither in tiktoken's cache nor "
-                f"reachable ({error_line(e)}); give a folder or file with one"
+                "--tokenizer: GPT-2's is neither in tiktoken's cache nor reachable "
+                f"({error_line(e)}); give a folder or file with one"
             ) from e
     else:
         raise ValueError(

@@ -44,13 +44,32 @@ def _on_requests(handler) -> dict:
     return {number: signal.signal(number, handler) for number in REQUESTS}
 
 
+def open_standard_streams() -> None:
+    """
+    Connect stdin, stdout and stderr to the null device where the caller has closed them.
+
+    Otherwise printing fails, and the next file that is opened gets the stream's number, so that
+    output of a library goes into it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            mode = "r" if number == 0 else "w"
+            setattr(sys, name, open(number, mode, encoding="utf-8", errors="replace"))  # noqa: SIM115
+
+
 def quiet_ctrl_c() -> None:
     """
     Exit at once on a request to stop, with its exit code and no traceback.
 
     For the seconds in which torch is imported. From then on a missing package is reported in one
-    line. Also sets what torch reads from the environment.
+    line. Also opens standard streams that are closed, and sets what torch reads from the
+    environment.
     """
+    open_standard_streams()
     _on_requests(lambda number, _: os._exit(130 if number == signal.SIGINT else 75))
     sys.excepthook = _report
     # silences a warning about find_unused_parameters, which fixes the order in which DDP adds
@@ -89,6 +108,7 @@ def run_script(main) -> None:
     input) or 1 (the run failed); --debug on the command line adds the traceback. Any other
     exception is a bug of ours and keeps its traceback.
     """
+    open_standard_streams()
     _on_requests(lambda *_: sys.exit(75))  # an exception, so that unfinished work is cleaned up
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout.reconfigure(errors="replace")  # a sample may have what the console cannot show

@@ -41,6 +41,10 @@ def check_settings(config) -> None:
         raise ValueError(f"--seed: {config.seed} does not fit into 32 bits")
     if config.warmup_steps is not None and config.warmup_ratio is not None:
         raise ValueError("--warmup_steps, --warmup_ratio: give one of them")
+    if config.min_lr is not None and config.min_lr > config.max_lr:
+        raise ValueError(
+            f"--min_lr: {config.min_lr:g} is above --max_lr {config.max_lr:g}; lower one of them"
+        )
     known = {field.name for field in fields(config)}
     unknown = [name for name in allowed_changes(config) if name not in known]
     if unknown:
