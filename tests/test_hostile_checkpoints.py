@@ -12,7 +12,7 @@ from weight_cases import ALL, DEEP, LONG, MOST_CHARS, refused, remanifest, same_
 
 import wt_load as W
 from parts.cli.launch import BAD_INPUT, error_line
-from parts.data.tokenizers import byte_tokenizer
+from parts.data.tokenizers import Tokenizer, byte_tokenizer
 
 home = weight_cases.home
 ours = weight_cases.ours
@@ -203,9 +203,10 @@ def with_piece(piece: str, **model) -> str:
     return tokenizer_with(change)
 
 
-IDS = (-1, 66, 300, 2**32 - 1, 2**40, 10**30, "a", 1.5, None, [], math.nan)
+IDS = (-1, 66, 70_000, 2**32 - 1, 2**40, 10**30, "a", 1.5, None, [], math.nan)
 ENDS = (-1, 5, 258, 2**32 - 1, 2**40, "a", None, [])
-PATTERNS = ("(", "", "a*", "x|", "(?=a)", "(a{1000}){1000}", 3, None, [])
+PATTERNS = ("(", 3, None, [])
+ODD_PATTERNS = ("", "a*", "x|", "(?=a)", "(a{1000}){1000}")  # tiktoken would crash
 SURROGATE = {"id": 257, "content": "\ud800"}
 TOKENIZERS = {
     "deep": DEEP,
@@ -226,7 +227,6 @@ TOKENIZERS = {
     "unreached": with_piece("abc"),
     "more than the model": with_piece("ab", merges=["a b"]),
     "unigram": tokenizer_with(lambda spec: spec["model"].update(type="Unigram")),
-    "lowercase": tokenizer_with(lambda spec: spec.update(normalizer={"type": "Lowercase"})),
 }
 
 
@@ -238,3 +238,22 @@ def test_a_hostile_tokenizer_is_refused(ours, tmp_path, case):
     with pytest.raises(BAD_INPUT) as e, contextlib.redirect_stdout(io.StringIO()):
         W.main(W.ImportConfig(str(ours), str(tmp_path / "out")))
     assert len(error_line(e.value)) < MOST_CHARS and not (tmp_path / "out").exists()
+
+
+ODD = {f"pattern {value!r}": with_pattern(value) for value in ODD_PATTERNS}
+ODD["lowercase"] = tokenizer_with(lambda spec: spec.update(normalizer={"type": "Lowercase"}))
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_an_odd_tokenizer_gives_the_ids_of_its_own_library(tmp_path, case):
+    """tiktoken would crash on these patterns, and has no normalizer."""
+    import tokenizers
+
+    path = tmp_path / "tokenizer.json"
+    path.write_text(ODD[case], encoding="utf-8")
+    tokenizer, library = Tokenizer.load(path), tokenizers.Tokenizer.from_file(str(path))
+    for text in ("Aaa aa x X\n a", "", "\u00e9 \u65e5"):
+        expected = library.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text).tolist() == expected
+        same = text.lower() if case == "lowercase" else text
+        assert tokenizer.decode(expected) == same

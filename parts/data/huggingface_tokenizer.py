@@ -21,6 +21,7 @@ from parts.base.text import CHAR_TO_BYTE, EOT
 ENDS = ("[SEP]", EOT, "</s>", "<eos>", "<|end_of_text|>")
 # what begins one; if none is there, the end of the document before it
 BEGINNINGS = ("<|begin_of_text|>", "<bos>", "[CLS]", "<s>")
+MAX_GAPS = 65_536  # ids without a token; a model has a row of weights for each
 IN_UTF8 = set(range(256)) - {0xC0, 0xC1, *range(0xF5, 256)}  # bytes that a text can have
 BLANK = "\u2581"  # stands for a blank in the pieces of SentencePiece
 
@@ -58,7 +59,7 @@ class HuggingFaceTokenizer:
             tokenizer.no_truncation()
         self._plain.encode_special_tokens = True
         vocab = self._plain.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocab.values()) + 1
+        self.vocab_size = _check_ids(vocab, added)
         self.name = f"{kind.lower()}:{self.vocab_size}"
         to_bytes = _bytes_of_piece(spec, vocab)
         self._bytes = [b""] * self.vocab_size
@@ -117,6 +118,19 @@ class HuggingFaceTokenizer:
     def to_json(self) -> bytes:
         """The tokenizer.json; `Tokenizer.load` gives a tokenizer of the same fingerprint."""
         return self._json
+
+
+def _check_ids(vocab: dict, added: dict) -> int:
+    """The number of ids. Raises ValueError if an id is used twice, or far too large."""
+    for token, i in added.items():  # the library gives an id of its own if it does not like one
+        if vocab[token] != i:
+            raise ValueError(f"its added token {token!r} has the id {i}, the library uses another")
+    n_ids = max(vocab.values()) + 1
+    if len(set(vocab.values())) != len(vocab):
+        raise ValueError("two of its tokens have the same id")
+    if n_ids > len(vocab) + MAX_GAPS:
+        raise ValueError(f"it has {len(vocab):,} tokens, but ids up to {n_ids - 1:,}")
+    return n_ids
 
 
 def _without_surrogates(text: str) -> str:
