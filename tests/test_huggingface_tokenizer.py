@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import one_error_line, run, shared
 
-from parts.data.huggingface_tokenizer import HuggingFaceTokenizer
+from parts.data.huggingface_tokenizer import HuggingFaceTokenizer, compare
 from parts.data.tokenizers import Tokenizer, content_key, train_bpe, vocabulary_of
 
 REAL = ["modernbert-base", "qwen2.5", "mistral-v1"]
@@ -142,6 +142,58 @@ def test_byte_fallback_by_hand(tmp_path):
     assert 2 not in tokenizer.encode(text)
     allowed = tokenizer.encode(text, allowed={"</s>"}).tolist()
     assert allowed.count(2) == 1 and 1 not in allowed and tokenizer.decode(allowed) == text
+
+
+def with_word(spec):
+    spec["added_tokens"].append({**spec["added_tokens"][0], "id": 300, "content": "small cat"})
+    spec["added_tokens"][-1]["special"] = False
+
+
+def with_unreached(spec):
+    vocab = spec["model"]["vocab"]
+    spec["added_tokens"][0]["id"] = len(vocab) + 1
+    vocab["zqx"] = len(vocab)
+
+
+ONLY_IN_THE_LIBRARY = {
+    "an added word": with_word,
+    "a token that no merge reaches": with_unreached,
+    "dropout": lambda spec: spec["model"].update(dropout=0.5),
+    "ignore_merges": lambda spec: spec["model"].update(ignore_merges=True),
+    "truncation": lambda spec: spec.update(
+        truncation={"max_length": 3, "strategy": "LongestFirst", "stride": 0, "direction": "Right"},
+        normalizer={"type": "NFC"},
+    ),
+    "lstrip": lambda spec: spec["added_tokens"][0].update(lstrip=True),
+}
+
+
+@pytest.mark.parametrize("case", ONLY_IN_THE_LIBRARY)
+def test_what_tiktoken_does_not_do_is_left_to_the_library(case, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    spec = json.loads(train_bpe(["a small text about a small cat"] * 9, 300).to_json())
+    n = len(spec["model"]["vocab"])
+    ONLY_IN_THE_LIBRARY[case](spec)
+    for token in spec["added_tokens"]:
+        token["id"] = token["id"] if token["id"] != 300 else n + 1
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(spec), encoding="utf-8")
+    tokenizer = Tokenizer.load(path)
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    spec["model"]["dropout"] = spec["truncation"] = None
+    library = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    for text in ("a small cat zqx", " about  a text" * 5):
+        expected = library.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text).tolist() == expected
+
+
+def test_a_file_is_compared_with_its_library_before_it_is_trusted():
+    tokenizer = train_bpe(["a small text about a small cat"] * 9, 300)
+    library = HuggingFaceTokenizer(tokenizer.to_json())
+    compare(tokenizer, library)
+    other = HuggingFaceTokenizer(train_bpe(["another text, of dogs"] * 9, 300).to_json())
+    with pytest.raises(ValueError, match="differ from those of its own library"):
+        compare(tokenizer, other)
 
 
 def test_allowed_special_tokens_of_the_other_class_too():

@@ -33,7 +33,7 @@ import tiktoken
 
 from parts.base.files import make_folder, rename_durably, sha256_of
 from parts.base.text import BYTE_TO_CHAR, CHAR_TO_BYTE, EOT
-from parts.data.huggingface_tokenizer import HuggingFaceTokenizer, json_of_folder
+from parts.data.huggingface_tokenizer import HuggingFaceTokenizer, compare, json_of_folder
 
 # GPT-2 merges only inside these pieces: contractions, words, numbers, punctuation, white space.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -50,6 +50,7 @@ GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 DEFAULT_BPE_SIZE = 4096
 BPE_SAMPLE_CHARS = 50_000_000  # more text takes longer and does not change 4,096 merges
 MAX_VOCAB_SIZE = 1_000_000
+AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")  # of a BPE that is not byte-level
 # files of a folder that has a tokenizer, the first that is there
 FILES = ("tokenizer.json", "vocab.bpe", "merges.txt", "vocab.json", "tokenizer.model")
 
@@ -199,9 +200,13 @@ class Tokenizer:
         if sha256_of(path) == GPT2_SHA256:
             return _gpt2_of_merges(path)
         data = path.read_bytes()
+        ours = any((path.parent / name).exists() for name in ("MANIFEST.json", "index.json"))
         damage = (LookupError, TypeError, AttributeError, RecursionError, regex.error)
         try:
-            return cls._from_json(json.loads(data))
+            tokenizer = cls._from_json(json.loads(data))
+            if not ours:  # a file that was not written here is compared before it is trusted
+                compare(tokenizer, HuggingFaceTokenizer(data))
+            return tokenizer
         except (ValueError, *damage) as e:
             why = e
         try:
@@ -220,8 +225,15 @@ class Tokenizer:
         model = spec["model"]
         if model["type"] != "BPE" or spec.get("normalizer"):
             raise ValueError("only a byte-level BPE without a normalizer gives the same ids here")
+        for name in ("dropout", "ignore_merges", "byte_fallback", *AFFIXES):
+            if model.get(name):
+                raise ValueError(f"its model has {name}")
         pattern = _pattern_of(spec["pre_tokenizer"])
         special = {t["content"]: t["id"] for t in spec["added_tokens"]}
+        for token in spec["added_tokens"]:
+            odd = [name for name in ("lstrip", "rstrip", "single_word") if token.get(name)]
+            if odd or not token["special"]:
+                raise ValueError(f"its added token {token['content']!r} is matched in plain text")
         vocab = {token: i for token, i in model["vocab"].items() if token not in special}
         ranks = {_from_printable(token): i for token, i in vocab.items()}
         vocab_size = len(ranks) + len(special)
@@ -234,6 +246,8 @@ class Tokenizer:
         merged_ids = list(dict.fromkeys(ranks[_from_printable("".join(m))] for m in merges))
         if merged_ids != sorted(merged_ids):
             raise ValueError("its merges are not in the order of their ids")
+        if len(merged_ids) != sum(len(token) > 1 for token in ranks):
+            raise ValueError("it has tokens that no merge reaches")
         eot = next((t for t in (EOT, "</s>", "<eos>", "<|end_of_text|>") if t in special), None)
         if eot is None:
             raise ValueError(f"no end-of-text token among its special tokens {sorted(special)[:5]}")
