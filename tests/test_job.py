@@ -16,8 +16,10 @@ import pretraining_advanced
 from parts.base.files import sha256_of
 from parts.storage.checkpoint import list_checkpoints, newest_checkpoint, step_of
 from parts.training.contract import check_job
+from parts.training.messages import wasted
 from parts.training.optim import predicted_state_bytes
-from pretraining_advanced import run
+from parts.training.run_settings import check_settings
+from pretraining_advanced import RunConfig, run
 
 
 @pytest.fixture(autouse=True)
@@ -378,6 +380,8 @@ def test_warmup_may_be_a_share_of_the_run():
     for name, warmup in names.items():
         assert train(name, settings={"warmup_steps": None, **warmup}) == 0
     assert bits("by_ratio") == bits("by_steps")
+    with pytest.raises(ValueError, match="--min_lr: 1 is above --max_lr 0.1; lower one of them"):
+        check_settings(RunConfig(max_lr=0.1, min_lr=1.0))
     with pytest.raises(ValueError, match="--warmup_steps, --warmup_ratio: give one of them"):
         train("both", settings={"warmup_ratio": 0.1})
 
@@ -396,3 +400,12 @@ def test_a_recipes_own_optimizer_is_used_and_resumed():
     assert bits("stopped") == bits("straight")
     state = load_file(newest_checkpoint("runs/stopped") / "optimizer.safetensors")
     assert all(name.endswith("|momentum_buffer") for name in state)
+
+
+def test_settings_without_effect_in_a_short_run_are_named():
+    config = RunConfig(max_steps=50, warmup_steps=50, eval_freq=51, save_ckpt_freq=20)
+    (line,) = wasted(config)
+    assert line.startswith("note: the run has 50 steps; --warmup_steps 50: --max_lr is never")
+    assert "--eval_freq 51" in line and "--save_ckpt_freq" not in line
+    assert wasted(RunConfig(max_steps=5000, warmup_steps=50)) == []
+    assert wasted(RunConfig(max_steps=5, schedule="constant", eval_freq=1, save_ckpt_freq=1)) == []

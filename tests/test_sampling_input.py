@@ -157,6 +157,7 @@ def test_what_scoring_refuses(home, tmp_path):
     line = ("--checkpoint", home / "a", "--eval", ROOT / "LICENSE")
     stride = "--stride: 33 is not between 1 and the context length, 32"
     assert stride in refused(sample, *line, "--stride", 33)
+    assert stride.replace("33", "0") in refused(sample, *line, "--stride", 0)
     assert "--batch_size: 0 is out of range" in refused(sample, *line, "--batch_size", 0)
     good = published(tmp_path / "bytes", range(200))
     assert "tokens scored" in sample("--checkpoint", home / "a", "--eval", good)

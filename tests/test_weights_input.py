@@ -242,3 +242,18 @@ def test_on_the_command_line_too(home, tmp_path):
     for message, line in (("--top_k: 258", sampling), ("another model", averaging)):
         assert message in one_error_line(run(*line, cwd=tmp_path), 2)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_head_that_is_promised_and_missing_is_refused(home, tmp_path):
+    weights("export", home / "a", "--to", "hf", tmp_path / "hf")
+    path = tmp_path / "hf/config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) | {"tie_word_embeddings": False}
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    line = refused(weights, "import", tmp_path / "hf", tmp_path / "run")
+    assert "the head is not the embedding, but lm_head.weight is missing" in line
+
+
+def test_names_of_tokenizers_are_known_as_in_every_script(home, tmp_path):
+    weights("export", home / "a", "--to", "nanogpt", tmp_path / "x.pt")
+    out = weights("import", tmp_path / "x.pt", tmp_path / "run", "--tokenizer", "bytes")
+    assert "tokenizer bytes" in out
