@@ -18,14 +18,12 @@ from training_cases import (
 LLAMA = {"model_size": "llama-nano", "max_lr": 1e-3}
 # arrangement -> settings besides; each is stopped in the middle, once or twice
 ARRANGEMENTS = {
-    "accumulated": {"grad_accum_steps": 2},
     "compiled": {"compile": True, "eval_freq": 3, "batch_size": 4},
     "recomputed": {"activation_checkpointing": True},
     "bf16": {"dtype": "bf16", "batch_size": 3},
-    "galore": {"optimizer": "galore", "galore_rank": 8},
     "muon": {"optimizer": "muon", "schedule": "wsd"},
 }
-OFTEN = {"save_ckpt_freq": 7, "eval_freq": 8, "max_steps": 30}
+OFTEN = {"save_ckpt_freq": 7, "eval_freq": 8, "max_steps": 24}
 
 
 @pytest.fixture(scope="module")
