@@ -512,7 +512,7 @@ def prepare_tokens(config: TokenizeConfig, build: bool = True) -> Path:
     name = config.dataset_name
     spec = {"auto": "gpt2", "bpe": "bpe:4096"}.get(config.tokenizer, config.tokenizer)
     tokenizer_key = tokenizers.content_key(spec)
-    if any(Path(name).glob("*.bin")):
+    if shards.holds_shards(name):
         _refuse_other_settings(config, tokenizer_key)
         return Path(name)
     if name == TokenizeConfig.dataset_name:

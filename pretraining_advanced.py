@@ -52,7 +52,7 @@ from parts.cli.config import parse
 from parts.cli.launch import error_line, run_script
 from parts.data.batches import Prefetch, RowBatches, TrainBatches, cut, stir, val_batches
 from parts.data.shards import Shards, content_hash, read_index
-from parts.data.tokenizers import Tokenizer, gpt2_tokenizer, vocabulary_of
+from parts.data.tokenizers import Tokenizer, byte_tokenizer, gpt2_tokenizer, vocabulary_of
 from parts.model.cpu_products import attends_in_products
 from parts.model.families import FAMILIES, config_of, shape_of_size, shape_to_continue
 from parts.model.losses import compile_softmax
@@ -273,17 +273,19 @@ def open_text(config: TrainConfig, required: bool = True) -> Text | None:
         tokenizer = _tokenizer_of_published(config)
     train, val = Shards(folder, "train", index), Shards(folder, "val", index)
     if len(val) < 2:
-        raise ValueError(
-            f"{folder}: no document fell into the validation part; "
-            f"raise --val_share {config.val_share:g}, or give more documents"
-        )
+        fix = f"raise --val_share {config.val_share:g}, or give more documents"
+        what = f"no document fell into the validation part; {fix}"
+        if not index["tokenizer"]:
+            what = "these published shards have no validation file; add one with val in its name"
+        raise ValueError(f"{folder}: {what}")
     return Text(train, val, tokenizer, content_hash(index))
 
 
 def _tokenizer_of_published(config: TrainConfig) -> Tokenizer:
-    """Published shards have no tokenizer: GPT-2's, unless --tokenizer names a file."""
+    """Published shards have no tokenizer: GPT-2's, unless --tokenizer names another."""
+    known = {"gpt2": gpt2_tokenizer, "bytes": byte_tokenizer}
     try:
-        return gpt2_tokenizer() if config.tokenizer == "gpt2" else Tokenizer.load(config.tokenizer)
+        return known.get(config.tokenizer, lambda: Tokenizer.load(config.tokenizer))()
     except OSError as e:
         raise ValueError(
             f"--tokenizer {config.tokenizer}: {error_line(e)}; "

@@ -133,6 +133,42 @@ def test_validation_is_whole_and_the_last_row_is_filled_up(source, tmp_path):
     assert sum(int((b["targets"] != -100).sum()) for b in first) == 100
 
 
+def published(folder, *names) -> None:
+    """Shards of 40 tokens as others publish them."""
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        tokens = np.arange(40, dtype=np.uint16)
+        (folder / name).write_bytes(shards._header(40, np.uint16) + tokens.tobytes())
+
+
+def test_val_is_a_word_in_the_name_of_a_published_shard(tmp_path):
+    names = ("medieval_000000.bin", "x_train_0.bin", "x_val_0.bin", "valid-1.bin", "VAL.bin")
+    published(tmp_path / "p", *names)
+    index = read_index(tmp_path / "p")
+    found = [sorted(s["name"] for s in shards.shards_of(index, split)) for split in shards.SPLITS]
+    assert found == [["medieval_000000.bin", "x_train_0.bin"], sorted(names[2:])]
+
+
+def test_published_shards_without_validation_are_not_told_to_raise_val_share(tmp_path):
+    published(tmp_path / "p", "x_train_0.bin")
+    flags = ("--dataset_name", "p", "--tokenizer", "bytes", "--device", "cpu")
+    line = one_error_line(run("pretraining_advanced.py", *flags, cwd=tmp_path), 2)
+    assert "no validation file; add one with val in its name" in line and "val_share" not in line
+
+
+def test_bin_files_that_are_no_shards_are_not_taken_for_them(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "train.bin").write_bytes(np.arange(4000, dtype=np.uint16).tobytes())  # nanoGPT's
+    flags = ("tokenize", "--dataset_name", "mine", "--tokenizer", "bytes", "--val_share", "0.5")
+    line = one_error_line(run("prep_dataset.py", *flags, cwd=tmp_path), 2)
+    assert "its .bin files are not token shards (nanoGPT's have bare ids)" in line
+    assert "delete" not in line
+    (folder / "a.txt").write_text("A text.\n\n" * 3000, encoding="utf-8")
+    result = run("prep_dataset.py", *flags, cwd=tmp_path)
+    assert result.returncode == 0 and "tokens" in result.stdout, result.stderr
+
+
 def test_a_folder_is_called_damaged_only_if_it_had_token_shards(source, tmp_path):
     for name, what in (("nowhere", "does not exist"), ("mine", "has no token shards")):
         with pytest.raises(FileNotFoundError, match=f"{name}: {what}; give a folder") as e:

@@ -21,6 +21,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,7 @@ WRITER = 1  # version of what a build writes; raise it if the same settings give
 HEADER_BYTES = 1024
 MAGIC = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}  # magic -> (version, token dtype)
 SPLITS = ("train", "val")
+VAL_NAME = re.compile(r"(?<![a-z])val(id|idation)?(?![a-z])", re.IGNORECASE)  # not medieval
 SHARD_TOKENS = 100_000_000  # tokens after which a new file begins
 BLOCK_BYTES = 1 << 18  # bytes under one hash; a block is checked when it is first read
 SAVE_EVERY = 32 << 20  # tokens between two writes of progress.json
@@ -69,7 +71,10 @@ def read_header(path) -> tuple[int, type]:
             f"{path}: not readable as a token shard ({e}); delete or rebuild it"
         ) from e
     if len(header) < HEADER_BYTES // 4 or int(header[0]) not in MAGIC:
-        raise ValueError(f"{path}: not a token shard (wrong magic number); delete or rebuild it")
+        raise ValueError(
+            f"{path}: not a token shard, or damaged (wrong magic number); "
+            "give shards in llm.c's layout, as prep_dataset.py tokenize writes them"
+        )
     version, dtype = MAGIC[int(header[0])]
     if header[1] != version:
         what = f"shard version {header[1]}, this code reads {version}"
@@ -79,6 +84,23 @@ def read_header(path) -> tuple[int, type]:
         what = f"has {size:,} bytes, but its header says {expected:,}"
         raise ValueError(f"{path}: {what}; it is damaged, delete or rebuild it")
     return int(header[2]), dtype
+
+
+def holds_shards(folder) -> bool:
+    """
+    Whether a folder has token shards: an index of ours, or a file that begins as shards do.
+
+    nanoGPT's train.bin and weights such as pytorch_model.bin are something else.
+    """
+    folder = Path(folder)
+    files = list(folder.glob("*.bin"))
+    return bool(files) and ((folder / "index.json").exists() or any(map(_has_magic, files)))
+
+
+def _has_magic(path: Path) -> bool:
+    with contextlib.suppress(OSError), open(path, "rb") as f:
+        return int.from_bytes(f.read(4), "little") in MAGIC
+    return False
 
 
 # ------------------------------------------------------------------------------------ writing
@@ -388,8 +410,8 @@ def _published_index(folder: Path) -> dict:
 
 
 def shards_of(index: dict, split: str) -> list[dict]:
-    """The shards of one split ("train" or "val") in an index."""
-    return [s for s in index["shards"] if ("val" in s["name"]) == (split == "val")]
+    """The shards of one split in an index: "val" has those with that word in their name."""
+    return [s for s in index["shards"] if bool(VAL_NAME.search(s["name"])) == (split == "val")]
 
 
 def content_hash(index: dict) -> str:

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from parts.base.files import write_file
-from parts.data.shards import Shards, read_index
+from parts.data.shards import Shards, holds_shards, read_index
 
 HELLASWAG_URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 MAX_BYTES = 64 << 20  # of a download; the file has 12 MB
@@ -327,7 +327,7 @@ def ids_to_score(data: str, tokenizer) -> list:
             f"--eval: {path} does not exist; "
             "give token shards, a text file or folder, hellaswag, or hellaswag:FILE"
         )
-    if path.is_dir() and any(path.glob("*.bin")):
+    if path.is_dir() and holds_shards(path):
         return _validation_shards(path, tokenizer)
     files = [path] if path.is_file() else sorted(path.rglob("*.txt"))
     documents = [read_utf8(file, "--eval") for file in files]
