@@ -273,8 +273,10 @@ def open_text(config: TrainConfig, required: bool = True) -> Text | None:
         tokenizer = _tokenizer_of_published(config)
     train, val = Shards(folder, "train", index), Shards(folder, "val", index)
     if len(val) < 2:
-        fix = f"raise --val_share {config.val_share:g}, or give more documents"
-        what = f"no document fell into the validation part; {fix}"
+        what = (
+            "no document fell into the validation part; "
+            f"raise --val_share {config.val_share:g}, or give more documents"
+        )
         if not index["tokenizer"]:
             what = "these published shards have no validation file; add one with val in its name"
         raise ValueError(f"{folder}: {what}")
