@@ -24,10 +24,12 @@ SCRIPTS = {
 
 
 ALL = ">&- 2>&- <&-"
-ONE = [("pretraining_advanced.py", closed) for closed in (">&-", "2>&-")]
+ONE = [("pretraining_advanced.py", "2>&-"), ("pretraining_simple.py", ">&-")]
 
 
-@pytest.mark.parametrize(("script", "closed"), [*((script, ALL) for script in SCRIPTS), *ONE])
+@pytest.mark.parametrize(
+    ("script", "closed"), [*((script, ALL) for script in list(SCRIPTS)[1:]), *ONE]
+)
 def test_closed_streams_do_not_stop_a_script(script, closed, texts, tmp_path):
     as_run(gpt(), tmp_path / "a")
     words = [str(texts) if word == "TEXTS" else word for word in SCRIPTS[script]]

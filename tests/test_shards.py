@@ -162,7 +162,7 @@ def test_bin_files_that_are_no_shards_are_not_taken_for_them(tmp_path):
     (folder / "train.bin").write_bytes(np.arange(4000, dtype=np.uint16).tobytes())  # nanoGPT's
     flags = ("tokenize", "--dataset_name", "mine", "--tokenizer", "bytes", "--val_share", "0.5")
     line = one_error_line(run("prep_dataset.py", *flags, cwd=tmp_path), 2)
-    assert "its .bin files are not token shards (nanoGPT's have bare ids)" in line
+    assert "train.bin is not a token shard (nanoGPT's files have bare ids)" in line
     assert "delete" not in line
     (folder / "a.txt").write_text("A text.\n\n" * 3000, encoding="utf-8")
     result = run("prep_dataset.py", *flags, cwd=tmp_path)

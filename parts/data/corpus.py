@@ -78,8 +78,8 @@ def local_files(name: str, subset: str | None) -> list[Path] | None:
     kind = next((kind for kind in KINDS.values() if any(_kind(p) == kind for p in files)), None)
     if kind is None:
         what = f"{root} has no {', '.join(KINDS)} file"
-        if root.is_dir() and any(root.glob("*.bin")):
-            what += ", and its .bin files are not token shards (nanoGPT's have bare ids)"
+        if other := next(iter(sorted(root.glob("*.bin"))), None):
+            what += f", and {other.name} is not a token shard (nanoGPT's files have bare ids)"
         fix = "give a folder or file of text, or a name on the hub"
         raise ValueError(f"--dataset_name: {what}; {fix}")
     files = [p for p in files if _kind(p) == kind]
