@@ -7,6 +7,19 @@ import re
 EOT = "<|endoftext|>"  # ends a document: one special token, or a line of its own in a text file
 
 
+# special tokens that end a document, the first of these that a vocabulary has
+DOCUMENT_ENDS = (EOT, "</s>", "<eos>", "<|end_of_text|>")
+
+
+def without_surrogates(text: str) -> str:
+    """The text with each lone surrogate, which UTF-8 cannot hold, as U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 def passage_pattern(n_chars: int) -> re.Pattern:
     """
     Pattern whose findall() cuts a text into passages that, joined, are the text again.

@@ -32,8 +32,14 @@ import regex  # tiktoken requires it
 import tiktoken
 
 from parts.base.files import make_folder, rename_durably, sha256_of
-from parts.base.text import BYTE_TO_CHAR, CHAR_TO_BYTE, EOT
-from parts.data.huggingface_tokenizer import HuggingFaceTokenizer, compare, json_of_folder
+from parts.base.text import (
+    BYTE_TO_CHAR,
+    CHAR_TO_BYTE,
+    DOCUMENT_ENDS,
+    EOT,
+    without_surrogates,
+)
+from parts.data.huggingface_tokenizer import HuggingFaceTokenizer, agree, json_of_folder
 
 # GPT-2 merges only inside these pieces: contractions, words, numbers, punctuation, white space.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -109,8 +115,7 @@ class Tokenizer:
         try:
             return self.encoding.encode_to_numpy(text, **special)
         except UnicodeEncodeError:
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            return self.encode(text, allowed)
+            return self.encode(without_surrogates(text), allowed)
         except (ValueError, RuntimeError):  # tiktoken gives up on a million blanks: cut them
             if len(text) < 2:
                 raise
@@ -202,17 +207,22 @@ class Tokenizer:
         data = path.read_bytes()
         ours = any((path.parent / name).exists() for name in ("MANIFEST.json", "index.json"))
         damage = (LookupError, TypeError, AttributeError, RecursionError, regex.error)
+        tokenizer = None
         try:
             tokenizer = cls._from_json(json.loads(data))
-            if not ours:  # a file that was not written here is compared before it is trusted
-                compare(tokenizer, HuggingFaceTokenizer(data))
-            return tokenizer
         except (ValueError, *damage) as e:
             why = e
+        if tokenizer and ours:
+            return tokenizer
         try:
-            return HuggingFaceTokenizer(data)
+            library = HuggingFaceTokenizer(data)
+            if tokenizer:  # a file that was not written here is compared before it is trusted
+                return tokenizer if agree(tokenizer, library) else library
+            return library
         except Exception as e:  # noqa: BLE001  the library raises Exception for a file it rejects
-            if type(e) is ValueError and type(why) is ValueError:  # both know the format
+            if tokenizer:
+                why = e
+            elif type(e) is ValueError and type(why) is ValueError:  # both know the format
                 why = f"{why}, and {e}"
             elif type(why) is not ValueError:
                 why = f"it is not a Hugging Face tokenizer.json ({repr(why)[:200]})"
@@ -248,7 +258,7 @@ class Tokenizer:
             raise ValueError("its merges are not in the order of their ids")
         if len(merged_ids) != sum(len(token) > 1 for token in ranks):
             raise ValueError("it has tokens that no merge reaches")
-        eot = next((t for t in (EOT, "</s>", "<eos>", "<|end_of_text|>") if t in special), None)
+        eot = next((text for text in DOCUMENT_ENDS if text in special), None)
         if eot is None:
             raise ValueError(f"no end-of-text token among its special tokens {sorted(special)[:5]}")
         return cls(f"bpe:{vocab_size}" if merges else "bytes", ranks, special, eot, pattern)
