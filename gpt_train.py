@@ -491,7 +491,7 @@ def plot_run(run_dir, vocab_size: int | None = None) -> None:
 
 # ----------------------------------------------------------------------- sampling from a checkpoint
 
-FAMILIES["gpt"] = Family(GPTConfig, GPT, Block, "h", SIZES)
+FAMILIES["gpt"] = Family("GPT-2", GPTConfig, GPT, Block, "h", SIZES)
 
 
 def load_model(path, device) -> tuple[nn.Module, Tokenizer, dict]:
@@ -509,7 +509,7 @@ def load_model(path, device) -> tuple[nn.Module, Tokenizer, dict]:
         check_tensors(tensors, config)  # before a model of whatever size is built
         model = shell(config)
         model.load_state_dict(tensors, assign=True)
-    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+    except (ValueError, RuntimeError) as e:
         raise ValueError(f"{folder}: holds no model of this project: {error_line(e)[:300]}") from e
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     if tokenizer.vocab_size > config.vocab_size:

@@ -301,11 +301,12 @@ def gpt_job(config: TrainConfig, building) -> Job:
 
     Raises ValueError or FileNotFoundError for data or sizes that cannot be used.
     """
-    model_shape(config, 256)  # wrong flags are reported before hours of tokenising
+    shape = model_shape(config)  # wrong flags are reported before hours of tokenising
     text = open_text(config, required=False)
     T = config.context_length
     V = text.tokenizer.vocab_size if text else vocabulary_of(config.tokenizer)
-    shape = model_shape(config, V)
+    if not config.init_from:
+        shape = replace(shape, vocab_size=V)
     weights = initial_weights(config, text.tokenizer) if config.init_from and text else None
     torch.manual_seed(config.seed)
     family = FAMILIES[shape.family]
@@ -366,12 +367,16 @@ def gpt_loss(model, batch) -> torch.Tensor:
     return model(batch["inputs"], batch["targets"])
 
 
-def model_shape(config: TrainConfig, vocab_size: int):
-    """The shape that the flags ask for, or that of --init_from. Raises ValueError on conflict."""
+def model_shape(config: TrainConfig):
+    """
+    The shape of --init_from, or the one that the flags ask for, before its vocabulary is known.
+
+    Raises ValueError on conflict.
+    """
     names = ("n_layer", "n_head", "n_kv_head", "n_embd", "dropout")
     asked = {name: getattr(config, name) for name in names if getattr(config, name)}
     if not config.init_from:
-        asked |= {"vocab_size": vocab_size, "block_size": config.context_length}
+        asked["block_size"] = config.context_length
         return shape_of_size(config.model_size, asked)
     folder = checkpoint.newest_checkpoint(config.init_from)
     try:

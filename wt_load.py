@@ -56,7 +56,7 @@ from parts.cli.config import parse
 from parts.cli.launch import error_line, run_script
 from parts.data.tokenizers import FILES as TOKENIZER_FILES
 from parts.data.tokenizers import Tokenizer, byte_tokenizer, gpt2_tokenizer
-from parts.model.families import check_tensors, config_of, shell
+from parts.model.families import FAMILIES, check_tensors, config_of, shell
 from parts.model.llama import LlamaConfig
 from parts.storage import formats, hf_llama
 from parts.storage.checkpoint import (
@@ -541,8 +541,7 @@ def model_card(config: GPTConfig, tokenizer: Tokenizer, state: dict) -> str:
         if settings.get(name, "") != "":
             facts[name] = settings[name]
     rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
-    kind = {"gpt": "GPT-2", "llama": "Llama"}[config.family]
-    return CARD.format(kind=kind, rows=rows, eot=tokenizer.eot_text)
+    return CARD.format(kind=FAMILIES[config.family].title, rows=rows, eot=tokenizer.eot_text)
 
 
 def _to_gguf(file: Path, config, tensors: dict, dtype, tokenizer: Tokenizer, state: dict) -> None:
@@ -613,8 +612,7 @@ def info(config: InfoConfig) -> None:
         heads += f" with {c.n_kv_head} keys and values"
     shape = f"{c.n_layer} blocks, {heads}, width {c.n_embd}, context {c.block_size}"
     head = "tied head" if c.tied else "separate head"
-    kind = {"gpt": "GPT-2", "llama": "Llama"}[c.family]
-    print(f"model: {kind}, {shape}, vocabulary {c.vocab_size:,}, {head}")
+    print(f"model: {FAMILIES[c.family].title}, {shape}, vocabulary {c.vocab_size:,}, {head}")
     n = count_parameters(c)
     print(f"parameters: {n:,}, {4 * n / 1e6:,.1f} MB in fp32")
     if "checkpoint" in facts:

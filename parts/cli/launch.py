@@ -58,7 +58,8 @@ def open_standard_streams() -> None:
                 os.dup2(null, number)
                 os.close(null)
             mode = "r" if number == 0 else "w"
-            setattr(sys, name, open(number, mode, encoding="utf-8", errors="replace"))  # noqa: SIM115
+            stream = open(number, mode, encoding="utf-8", errors="replace")  # noqa: SIM115
+            setattr(sys, name, stream)
 
 
 def quiet_ctrl_c() -> None:

@@ -25,6 +25,7 @@ MAX_DIFFERENCES = 200  # listed in one message
 class Family:
     """A kind of model that the scripts train, convert, sample and score."""
 
+    title: str  # for people
     config: type  # its shape
     model: type
     block: type  # the part that is compiled, recomputed and sharded as one
@@ -34,7 +35,9 @@ class Family:
 
 # A recipe may add its own.
 FAMILIES = {
-    "llama": Family(llama.LlamaConfig, llama.Llama, llama.LlamaBlock, "model.layers", llama.SIZES),
+    "llama": Family(
+        "Llama", llama.LlamaConfig, llama.Llama, llama.LlamaBlock, "model.layers", llama.SIZES
+    ),
 }
 
 
