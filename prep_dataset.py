@@ -49,10 +49,11 @@ from pathlib import Path
 from parts.base.files import add_file_name, make_folder, rename_durably
 from parts.base.text import EOT
 from parts.cli.config import parse
-from parts.cli.launch import error_line, run_script
+from parts.cli.launch import error_line, print_notes, run_script
 from parts.cli.progress_bar import tqdm
-from parts.data import corpus, gutenberg, shards, tokenizers
+from parts.data import corpus, gutenberg, shards, sources, tokenizers
 from parts.data.archives import extract_archive, is_archive
+from parts.data.python_docs import python_docs
 from parts.data.tokenizers import Tokenizer, byte_tokenizer, gpt2_tokenizer, make_tokenizer
 
 SEPARATOR = re.compile(rf"^{re.escape(EOT)}$", re.MULTILINE)  # inside a line it is text
@@ -350,25 +351,33 @@ def _sources(config: GutenbergConfig, work: Path) -> tuple[dict[str, Path], list
         folder = Path(config.output_dir) / "raw"
         paths, failed = download_books(config.book_ids, folder, config.mirror, config.pause_s)
         files |= {f"raw/{path.name}": path for path in paths}
-    for name, path in local:
-        found = {name: path}
-        if is_archive(path):
+    for name, path, reason in local:
+        found = {name: (path, reason)}
+        if reason is None and is_archive(path):
             unpacked = work / "unpacked" / name
             extract_archive(path, unpacked, config.max_extract_mb)
-            inside = sorted(p for p in unpacked.rglob("*") if p.is_file())
-            found = {f"{name}/{p.relative_to(unpacked).as_posix()}": p for p in inside}
-        for inner, p in found.items():
-            if p.suffix.lower() == ".txt":
-                files[inner] = p
+            inside = sources.entries(unpacked, str(path))
+            found = {f"{name}/{p.relative_to(unpacked).as_posix()}": (p, why) for p, why in inside}
+        for inner, (p, why) in found.items():
+            if why == "broken link":
+                ignored.append({"file": inner, "status": "unreadable", "reason": why})
+            elif why or sources.kind_of(p) != "text":
+                reason = why or "no .txt file"
+                ignored.append({"file": inner, "status": "ignored", "reason": reason})
             else:
-                ignored.append({"file": inner, "status": "ignored", "reason": "no .txt file"})
+                files[inner] = p
+    others = sources.other_splits([Path(name) for name in files])
+    for name, split in others.items():
+        del files[name.as_posix()]
+        reason = f"of the split {split}"
+        ignored.append({"file": name.as_posix(), "status": "ignored", "reason": reason})
     for n, why in failed.items():
         ignored.append({"file": f"raw/pg{n}.txt", "status": "not downloaded", "reason": why})
     return files, ignored
 
 
-def _local_sources(config: GutenbergConfig) -> list[tuple[str, Path]]:
-    """(name relative to --data_dir, path) of each file in it, without an earlier result."""
+def _local_sources(config: GutenbergConfig) -> list[tuple[str, Path, str | None]]:
+    """(name, path, why it is ignored or None) of each file in --data_dir but an earlier result."""
     if not config.data_dir:
         return []
     root, output = Path(config.data_dir), Path(config.output_dir).resolve()
@@ -379,12 +388,12 @@ def _local_sources(config: GutenbergConfig) -> list[tuple[str, Path]]:
     if root == output:
         what = f"{config.output_dir} is also --data_dir"
         raise ValueError(f"--output_dir: {what}; choose another folder for the result")
-    if root.is_file():
-        return [(root.name, root)]
-    found = sorted(p for p in root.rglob("*") if p.is_file() or p.is_symlink())
+    if not root.is_dir():
+        return [(root.name, root, sources.why_unreadable(root))]
+    found = sources.entries(root, "--data_dir")
     if not root.is_relative_to(output):
-        found = [p for p in found if not p.is_relative_to(output)]
-    return [(p.relative_to(root).as_posix(), p) for p in found]
+        found = [(p, why) for p, why in found if not p.is_relative_to(output)]
+    return [(p.relative_to(root).as_posix(), p, why) for p, why in found]
 
 
 def _combine(config: GutenbergConfig, work: Path, files: dict, rows: list, n_workers: int) -> int:
@@ -436,42 +445,20 @@ def _combine(config: GutenbergConfig, work: Path, files: dict, rows: list, n_wor
 # ------------------------------------------------------------------------------------ read it back
 
 
-def read_documents(path) -> list[str]:
+def read_documents(path, flag: str = "--data_dir") -> list[str]:
     """
-    The documents of a folder that prep_dataset.py wrote (combined_*.txt), or of any .txt files.
+    The documents of a file or folder of text, as `tokenize` reads them; ordered by name.
 
-    Lines `<|endoftext|>` separate documents; a file without them is one document. Ordered by name.
-    Raises FileNotFoundError, or ValueError naming the first file that is not UTF-8 text.
+    Lines `<|endoftext|>` separate documents; a file without them is one document. Prints what is
+    left out. Raises FileNotFoundError, or ValueError naming the first file that cannot be read.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"--data_dir: {path} does not exist; give a folder of .txt files")
+    documents, notes = corpus.documents_of(path, flag)
     prepare = f"prep_dataset.py gutenberg --data_dir {path}"
-    is_prepared = (path / "report.json").exists() and (path / "combined_1.txt").exists()
-    files = [path]
-    if path.is_dir():
-        files = sorted(path.glob("combined_*.txt") if is_prepared else path.rglob("*.txt"))
-    # the samples of a training run are not its text
-    files = [file for file in files if not (file.parent / "run.json").exists()]
-    if not files:
-        raise ValueError(f"--data_dir: {path} has no .txt files; {prepare} unpacks archives")
-    documents = []
-    for file in files:
-        try:
-            text = file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as e:
-            what = f"byte {e.object[e.start]:#04x} at offset {e.start:,} is not UTF-8"
-            fix = f"convert it, or let {prepare} detect its encoding"
-            raise ValueError(f"{file}: {what}; {fix}") from e
-        if "\0" in text:
-            raise ValueError(f"{file}: a binary file (it has NUL bytes); remove it from {path}")
-        documents += [one.strip("\n") for one in SEPARATOR.split(text) if one.strip()]
-    if not documents:
-        raise ValueError(f"--data_dir: all {len(files)} .txt files of {path} are empty")
     heads = [document[:20_000] for document in documents]
     n_raw = sum("START OF TH" in head and "PROJECT GUTENBERG" in head for head in heads)
     if n_raw:
-        print(f"note: {n_raw} documents have Project Gutenberg's header; {prepare} removes it")
+        notes.append(f"{n_raw} documents have Project Gutenberg's header; {prepare} removes it")
+    print_notes(notes)
     return documents
 
 
@@ -493,7 +480,7 @@ def load_documents(data_dir: str | None) -> tuple[list[str], str]:
         except (OSError, ValueError) as e:
             reason = f"no --data_dir, and Project Gutenberg is not reachable ({error_line(e)})"
             print(f"{reason}: reading the English that comes with Python")
-            return corpus.python_docs(), "Python's documentation"
+            return python_docs(), "Python's documentation"
     return read_documents(books.output_dir), books.output_dir
 
 
@@ -519,9 +506,11 @@ def prepare_tokens(config: TokenizeConfig, build: bool = True) -> Path:
         config.dataset_subset = config.dataset_subset or "cosmopedia-v2"
     _check_tokenize(config)
     target, facts = _token_folder(config, tokenizer_key)
+    print_notes(corpus.notes_of(name, config.dataset_subset))
     if target.exists() or not build:
         return target
     tokenizer = _tokenizer_of(spec, config)
+    val_share, passage = corpus.divide(_rows(_corpus_of(config)), config.val_share)
     source = _corpus_of(config, num_shards=config.num_shards, shard_index=config.shard_index)
     started, counts = time.monotonic(), Counter()
     interval_s = 0.1 if sys.stderr.isatty() else 30
@@ -534,10 +523,12 @@ def prepare_tokens(config: TokenizeConfig, build: bool = True) -> Path:
             bar.update(n_documents)
 
         def tokenise(rows) -> dict:
-            return corpus.tokenise(rows, tokenizer, config.val_share)
+            return corpus.tokenise(rows, tokenizer, val_share, passage)
 
         n_threads = os.cpu_count() or 1
-        return shards.build(target, tokenizer, source.chunks, tokenise, facts, n_threads, progress)
+        shards.build(target, tokenizer, source.chunks, tokenise, facts, n_threads, progress)
+    print_notes(source.notes())
+    return target
 
 
 def _check_tokenize(config: TokenizeConfig) -> None:
@@ -555,6 +546,11 @@ def _corpus_of(config: TokenizeConfig, **work) -> corpus.Corpus:
     """The documents of these settings; `work` says which part of them is for this machine."""
     limits = (config.text_field, config.max_documents, config.streaming)
     return corpus.Corpus(config.dataset_name, config.dataset_subset, *limits, **work)
+
+
+def _rows(source: corpus.Corpus):
+    """The rows of a corpus, one by one."""
+    return (row for rows, _ in source.chunks(None) for row in rows)
 
 
 def _token_folder(config: TokenizeConfig, tokenizer_key: str) -> tuple[Path, dict]:
@@ -583,8 +579,7 @@ def _tokenizer_of(spec: str, config: TokenizeConfig) -> Tokenizer:
     if spec.split(":")[0] != "bpe":
         return byte_tokenizer() if spec == "bytes" else Tokenizer.load(spec)
     # trained on all documents for training, also by a machine that tokenises only a part of them
-    whole = _corpus_of(config)
-    texts = (row["text"] for rows, _ in whole.chunks(None) for row in rows)
+    texts = (row["text"] for row in _rows(_corpus_of(config)))
     for_training = (text for text in texts if not corpus.in_validation(text, config.val_share))
     return make_tokenizer(spec, for_training)
 

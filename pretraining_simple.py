@@ -55,7 +55,9 @@ from prep_dataset import load_documents
 class SimpleConfig:
     """Pretrain a GPT on a folder of text. Where the default is None, it depends on the device."""
 
-    data_dir: str | None = None  # folder of .txt files; None: prepared books, else downloaded ones
+    data_dir: str | None = (
+        None  # file or folder of text; None: prepared books, else downloaded ones
+    )
     output_dir: str = "runs/simple"  # run folder
     n_epochs: int | None = None  # passes over the training text; max_steps may end the run first
     max_steps: int | None = None  # optimizer steps (updates of the weights)

@@ -143,9 +143,9 @@ def test_what_scoring_refuses(home, tmp_path):
     gpt2 = published(tmp_path / "gpt2", [5, 50256, 7])
     for given, message in {
         missing: f"--eval: {missing} does not exist; give token shards",
-        tmp_path / "empty.txt": "empty.txt holds no text",
-        nothing: "nothing holds no text",
-        latin.parent: f"--eval: {latin}: not UTF-8 text",
+        tmp_path / "empty.txt": "empty.txt: holds no documents",
+        nothing: "nothing has no .parquet",
+        latin.parent: f"{latin}: not UTF-8 text",
         token_shards(tmp_path / "bpe", tokenizer=bpe): "was made with another tokenizer",
         token_shards(tmp_path / "no-val", val=False): "has no tokens for validation",
         gpt2: "ids that the checkpoint's tokenizer does not have",

@@ -1,5 +1,6 @@
 """Loss of a text and figures of HellaSwag equal a plain computation, for any stride and batch."""
 
+import gzip
 import json
 import math
 import random
@@ -131,6 +132,23 @@ def test_tiny_shakespeare_has_the_same_loss_in_batches_of_1_3_and_8(tmp_path):
         assert abs(result["bits_per_byte"] - results[0]["bits_per_byte"]) < 1e-6
     no_overlap = score_tokens(model, ids, 128, 128, 8, CPU)
     assert no_overlap["tokens"] == results[0]["tokens"] and no_overlap["loss"] != results[0]["loss"]
+
+
+def test_a_text_is_scored_as_it_is_trained_on(tmp_path):
+    """Separators are end-of-text, jsonl is its texts, and the same documents give the same ids."""
+    documents = [" ".join(f"word{i * j}" for j in range(40)) for i in range(9)]
+    (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(documents) + "\n", encoding="utf-8")
+    rows = [json.dumps({"n": i, "text": text}) + "\n" for i, text in enumerate(documents)]
+    (tmp_path / "a.jsonl").write_text("".join(rows), encoding="utf-8")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("".join(rows).encode()))
+    (tmp_path / "folder").mkdir()
+    for i, text in enumerate(documents):
+        (tmp_path / f"folder/{i}.TXT").write_text(text, encoding="utf-8")
+    expected = [BYTES.eot, *BYTES.encode_documents(documents)]
+    for name in ("a.txt", "a.jsonl", "a.jsonl.gz", "folder"):
+        (ids,) = scoring.ids_to_score(str(tmp_path / name), BYTES)
+        assert ids.tolist() == expected, name
+    assert expected.count(BYTES.eot) == 10
 
 
 def test_a_diverged_model_has_no_score():

@@ -255,11 +255,11 @@ def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
 
 MISTAKES = [  # the flags of a command, and what its error line says; TEXTS stands for good data
     ("--data_dir nowhere", "nowhere does not exist"),
-    ("--data_dir no_text", "no .txt files"),
-    ("--data_dir empty", "all 2 .txt files of empty are empty"),
+    ("--data_dir no_text", "no_text has no .parquet"),
+    ("--data_dir empty", "empty: holds no documents; its 2 files are empty"),
     ("--data_dir short", "too few for one batch"),
-    ("--data_dir latin", "latin/a.txt: byte 0xef"),
-    ("--data_dir binary", "binary/a.txt: a binary file"),
+    ("--data_dir latin", "latin/a.txt: not UTF-8 text: byte 0xef"),
+    ("--data_dir binary", "binary/a.txt: not text, it has NUL bytes"),
     ("--data_dir ''", "--data_dir: is empty"),
     ("--data_dir short --output_dir short", "--output_dir: short"),
     ("--data_dir TEXTS --output_dir .", "--output_dir: . is the current folder"),

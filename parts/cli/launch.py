@@ -101,6 +101,13 @@ def error_line(e: BaseException) -> str:
     return " ".join(str(e).split()) or type(e).__name__
 
 
+def print_notes(notes: list[str]) -> None:
+    """Print lines that the user should know of, once in a run of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        for note in notes:
+            print(f"note: {note}", flush=True)
+
+
 def run_script(main) -> None:
     """
     Call main() and exit with its exit code (None is 0).

@@ -1,36 +1,33 @@
 """
 Documents from anywhere: the Hugging Face hub, a folder in its layout, parquet, jsonl(.gz), text.
 
-All of them are streamed through the `datasets` library: memory does not grow with the corpus, a
-limit reads no more than it needs, subsets are mixed by weight, several machines split the work,
-and a build that was killed resumes. The network is used only if the name is not a local path.
+All of them are streamed: memory does not grow with the corpus, a limit reads no more than it needs,
+subsets are mixed by weight, several machines split the work, and a build that was killed resumes.
+Local files are read by readers.py, the hub by the `datasets` library. The network is used only if
+the name is not a local path.
 """
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import hashlib
-import importlib
-import inspect
 import json
+import math
 import os
 import re
 import sys
-import sysconfig
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from parts.base.text import EOT, passage_pattern
+from parts.base.text import passage_pattern
+from parts.data import sources
+from parts.data.readers import FIELDS, FileRows
+from parts.data.streams import Counts, Mixture, Selection
 
-# end of a file's name -> its kind; if a folder has several kinds, the first in this order is read
-KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
-KINDS |= {".jsonl.gz": "json", ".json.gz": "json", ".txt": "text"}
-EOT_LINE = EOT + "\n"
 CHUNK_DOCUMENTS = 64  # most documents that one thread tokenises at once
 CHUNK_CHARS = 1 << 20  # characters after which it gets no further document
-PIECE_CHARS = 1 << 20  # a long document of a text file is read in pieces of this size
 HUB_TIMEOUT_S = 10
 # errors of the file system that will be there again at the next try
 LASTING_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -59,12 +56,11 @@ def parse_subsets(subset: str | None) -> list[tuple[str | None, float]]:
 # ------------------------------------------------------------------------------------ local files
 
 
-def local_files(name: str, subset: str | None) -> list[Path] | None:
+def local_source(name: str, subset: str | None, flag="--dataset_name") -> sources.Source | None:
     """
-    The data files of a path, in order; None if there is no such path.
+    The files of a path, or of the folder `subset` in it; None if there is no such path.
 
-    A subset is a folder in it. If there are `train-*` files, other splits are left out.
-    Raises ValueError if there is no data.
+    Raises ValueError if there is no text.
     """
     root = Path(name)
     if not os.path.lexists(root):
@@ -72,20 +68,14 @@ def local_files(name: str, subset: str | None) -> list[Path] | None:
     if subset is not None:
         root = _subset_folder(root, subset)
     try:
-        files = _readable_files(root)
+        return sources.find(root, flag)
     except OSError as e:
-        raise ValueError(f"--dataset_name: {root}: {e.strerror}") from e
-    kind = next((kind for kind in KINDS.values() if any(_kind(p) == kind for p in files)), None)
-    if kind is None:
-        what = f"{root} has no {', '.join(KINDS)} file"
+        raise ValueError(f"{flag}: {e.filename or root}: {e.strerror}") from e
+    except ValueError as e:
         if other := next(iter(sorted(root.glob("*.bin"))), None):
-            what += f", and {other.name} is not a token shard (nanoGPT's files have bare ids)"
-        fix = "give a folder or file of text, or a name on the hub"
-        raise ValueError(f"--dataset_name: {what}; {fix}")
-    files = [p for p in files if _kind(p) == kind]
-    if kind == "text":  # prep_dataset.py gutenberg keeps the raw files beside the combined ones
-        files = [p for p in files if _is_combined(p)] or files
-    return [p for p in files if re.match(r"train\b", p.name)] or files
+            what = f"{other.name} is not a token shard (nanoGPT's files have bare ids)"
+            raise ValueError(f"{e}; {what}") from e
+        raise
 
 
 def _subset_folder(root: Path, subset: str) -> Path:
@@ -101,33 +91,6 @@ def _subset_folder(root: Path, subset: str) -> Path:
     raise ValueError(f"--dataset_subset: {what}; it has: {', '.join(folders) or 'no folders'}")
 
 
-def _readable_files(root: Path) -> list[Path]:
-    """Files of a known kind in and below root: not hidden, and not written by a run or a build."""
-    found = sorted(root.rglob("*")) if root.is_dir() else [root]
-    files = [p for p in found if p.is_file() and _kind(p) and p.name != "report.json"]
-    files = [p for p in files if not any(n.startswith(".") for n in p.relative_to(root).parts)]
-    folders = {folder for p in files for folder in p.parents if folder.is_relative_to(root)}
-    ours = {folder for folder in folders if _is_our_output(folder)}
-    return [p for p in files if not ours & set(p.parents)]
-
-
-def _is_combined(path: Path) -> bool:
-    """Whether prep_dataset.py gutenberg wrote this file of cleaned books."""
-    is_numbered = re.fullmatch(r"combined_\d+\.txt", path.name) is not None
-    return is_numbered and (path.parent / "report.json").exists()
-
-
-def _is_our_output(folder: Path) -> bool:
-    """Whether a training run or a build of token shards wrote this folder."""
-    if (folder / "run.json").exists():
-        return True
-    return (folder / "index.json").exists() and (folder / "tokenizer.json").exists()
-
-
-def _kind(path: Path) -> str | None:
-    return KINDS.get(path.suffix.lower()) or KINDS.get("".join(path.suffixes[-2:]).lower())
-
-
 def facts_of(name, subset: str | None, text_field: str | None, max_documents: int | None) -> dict:
     """
     Everything about a source that determines its documents, as JSON values.
@@ -137,7 +100,8 @@ def facts_of(name, subset: str | None, text_field: str | None, max_documents: in
     """
     files = []
     for part, _ in parse_subsets(subset):
-        for path in local_files(name, part) or []:
+        source = local_source(name, part)
+        for path in source.files if source else []:
             try:
                 stat = path.stat()
             except OSError as e:
@@ -150,6 +114,28 @@ def facts_of(name, subset: str | None, text_field: str | None, max_documents: in
         "max_documents": max_documents,
         "files": files,
     }
+
+
+def notes_of(name, subset: str | None) -> list[str]:
+    """A line for each subset of which not every file is read."""
+    found = [local_source(name, part) for part, _ in parse_subsets(subset)]
+    return [source.note for source in found if source and source.note]
+
+
+def documents_of(path, flag: str) -> tuple[list[str], list[str]]:
+    """
+    (all documents of a file or folder, notes about what was left out), for whoever needs no shards.
+
+    Raises FileNotFoundError if there is no such path, ValueError if it has no text.
+    """
+    source, counts = sources.find(path, flag), Counts()
+    rows = FileRows(f"{flag}: {path}", source.files, source.kind, whole=True)
+    with named_errors(str(path)):
+        texts = [row["text"] for row in rows if counts.add(row)]
+    if not texts:
+        raise ValueError(f"{flag}: {path}: column {rows.field!r} has no text")
+    notes = [source.note] if source.note else []
+    return texts, notes + counts.notes(str(path), rows.n_empty)
 
 
 # ------------------------------------------------------------------------------------ the stream
@@ -173,69 +159,79 @@ class Corpus:
         num_shards=1,
         shard_index=0,
     ):
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-        import datasets  # takes half a second, and only a build needs it
+        self.name, self.text_field = name, text_field
+        self.columns = []  # with the text, for messages
+        self.n_empty = 0  # files
+        self.counts = Counts()
+        self.is_whole = num_shards == 1
+        limited = max_documents is not None
+        parts = parse_subsets(subset)
+        options = {"whole": len(parts) > 1, "hub_options": (streaming, limited)}
+        streams = [self._open(part, **options) for part, _ in parts]
+        self.stream = streams[0]
+        if len(streams) > 1:
+            self.stream = Mixture(streams, [weight for _, weight in parts])
+        divided = num_shards == 1
+        if not divided and not limited and len(streams) == 1:
+            divided = self._divide_files(num_shards, shard_index)
+        if limited or not divided:
+            share = (1, 0) if divided else (num_shards, shard_index)
+            self.stream = Selection(self.stream, max_documents, *share)
+
+    def _divide_files(self, n: int, i: int) -> bool:
+        """Keep every n-th file, row group or, on the hub, row; False if that is not possible."""
+        if isinstance(self.stream, FileRows):
+            return self.stream.share(n, i)
         from datasets.distributed import split_dataset_by_node
 
-        # if True, the first row imports torch only to ask whether it is in a DataLoader
-        datasets.config.TORCH_AVAILABLE = "torch" in sys.modules
-        self.name = name
-        self.text_field = text_field
-        self.limited = max_documents is not None
-        parts = parse_subsets(subset)
-        files = [local_files(name, part) for part, _ in parts]
-        if len(parts) == 1 and _is_text(files[0]):
-            # a row is a piece of a document, so the reader itself counts documents
-            work = {"num_shards": num_shards, "shard_index": shard_index}
-            self.stream = _text_stream(name, files[0], limit=max_documents, **work)
-            return
-        streams = []
-        for (part, _), part_files in zip(parts, files, strict=True):
-            streams.append(self._open(part, part_files, streaming))
-        stream = streams[0]
-        if len(streams) > 1:
-            # Ends with the first subset that is used up: to continue would change the weights or
-            # repeat documents.
-            weights = [weight for _, weight in parts]
-            stream = datasets.interleave_datasets(streams, probabilities=weights, seed=0)
-        if self.limited:
-            stream = stream.take(max_documents)
-        if num_shards > 1:
-            # "auto" splits by files; with a limit or a mixture that would give other documents
-            strategy = "examples" if self.limited or len(streams) > 1 else "auto"
-            stream = split_dataset_by_node(stream, shard_index, num_shards, strategy=strategy)
-        self.stream = stream
+        self.stream = split_dataset_by_node(self.stream, i, n)
+        return True
 
-    def _open(self, subset: str | None, files: list[Path] | None, streaming: bool):
+    def _open(self, subset: str | None, whole: bool, hub_options: tuple):
         """One subset as a stream of {"text"}; of text files {"text", "starts", "ends"}."""
-        if _is_text(files):
-            return _text_stream(self.name, files, whole=True)
-        if files is None:
-            stream = self._open_hub(subset, streaming)
-        else:
-            stream = _table_stream(self.name, files)
-        source = f"{self.name} ({subset})" if subset else self.name
-        with _named_errors(source):
-            first = next(iter(stream), None)
+        title = f"{self.name} ({subset})" if subset else self.name
+        local = local_source(self.name, subset)
+        with named_errors(title):
+            if local is None:
+                return self._open_hub(title, subset, *hub_options)
+            rows = FileRows(title, local.files, local.kind, self.text_field, whole)
+            self.n_empty += rows.n_empty
+            self.columns.append(rows.field)
+            return rows
+
+    def _open_hub(self, title: str, subset: str | None, streaming: bool, limited: bool):
+        """The column with the text of a dataset on the hub, as a stream of {"text"}."""
+        stream = self._load_hub(subset, streaming)
+        if streaming and not limited:
+            # splits it by row groups; asks for the end of every file, too slow for a first look
+            stream = stream.reshard()
+        first = next(iter(stream), None)
         if first is None:
-            raise ValueError(f"{source}: holds no documents")
+            raise ValueError(f"{title}: holds no documents")
         columns = stream.column_names or list(first)
-        field = self.text_field or next((f for f in ("text", "content") if f in columns), None)
+        field = self.text_field or next((f for f in FIELDS if f in columns), None)
         if field not in columns:
             what = f"no column {field!r}" if field else "neither a column 'text' nor 'content'"
             what += f"; its columns are {', '.join(columns)}"
-            raise ValueError(f"{source}: has {what}; name the one with the text by --text_field")
+            raise ValueError(f"{title}: has {what}; name the one with the text by --text_field")
         if not isinstance(first.get(field), str | None):
             what = f"column {field!r} holds {type(first[field]).__name__}, not text"
-            raise ValueError(f"{source}: {what}; name another by --text_field")
+            raise ValueError(f"{title}: {what}; name another by --text_field")
+        self.columns.append(field)
         stream = stream.select_columns([field])
         return stream if field == "text" else stream.rename_column(field, "text")
 
-    def _open_hub(self, subset: str | None, streaming: bool):
+    def _load_hub(self, subset: str | None, streaming: bool):
         """One subset of a dataset on the hub as a stream of rows."""
-        import datasets
-        import huggingface_hub
-
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        try:
+            import datasets
+            import huggingface_hub
+        except ImportError as e:
+            what = f"{self.name} is not a local path, and the hub needs the package datasets ({e})"
+            raise ValueError(f"--dataset_name: {what}; pip install datasets") from e
+        # if True, the first row imports torch only to ask whether it is in a DataLoader
+        datasets.config.TORCH_AVAILABLE = "torch" in sys.modules
         try:
             # Asked first: without a network it fails at once. The revision is fixed, so that a
             # build that resumes later reads the same data.
@@ -250,27 +246,26 @@ class Corpus:
             folder = f"./{self.name}/{subset or ''}"
             fix = f"put its files into {folder} (parquet or jsonl), or give a folder or a file"
             raise ValueError(f"--dataset_name: {what}; {fix}") from e
-        if not streaming:
-            return stream.to_iterable_dataset(num_shards=64)
-        # reshard asks for the end of every file, which is too slow for a first look
-        return stream if self.limited else stream.reshard()
+        return stream if streaming else stream.to_iterable_dataset(num_shards=64)
 
     def chunks(self, state):
         """
         Yield (rows, state after them), from the beginning if state is None.
 
         A row is {"text"}; of a text file it is {"text", "starts", "ends"}, a piece of a document.
+        Raises ValueError if no row has text.
         """
         if state is not None:
-            self.stream.load_state_dict(state)
+            self.counts = Counts(**state["counts"])
+            self.stream.load_state_dict(state["stream"])
         rows, n_chars = [], 0
-        with _named_errors(self.name):
+        with named_errors(self.name):
             for row in self.stream:
                 text = row["text"]
                 if text is not None and not isinstance(text, str):
                     what = f"a document is {type(text).__name__}, not text"
                     raise ValueError(f"{self.name}: {what}; name another column by --text_field")
-                if text and (text.strip() or "ends" in row):
+                if self.counts.add(row):
                     rows.append(row)
                     n_chars += len(text)
                 if len(rows) >= CHUNK_DOCUMENTS or n_chars >= CHUNK_CHARS:
@@ -278,60 +273,36 @@ class Corpus:
                     rows, n_chars = [], 0
             if rows:
                 yield rows, self._state()
+        if self.is_whole and not self.counts.texts:
+            n = self.counts.without_text
+            what = f"column {self.columns[0]!r} has no text in any of {n:,} rows"
+            raise ValueError(f"{self.name}: {what}; name another by --text_field")
 
     def _state(self):
         """A copy of the stream's position, in JSON values."""
-        return json.loads(json.dumps(self.stream.state_dict()))
+        state = {"counts": asdict(self.counts), "stream": self.stream.state_dict()}
+        return json.loads(json.dumps(state))
 
-
-def _is_text(files: list[Path] | None) -> bool:
-    return files is not None and _kind(files[0]) == "text"
-
-
-def _text_stream(name, files: list[Path], **options):
-    """A stream of `_read_text`; see there for the options."""
-    import datasets
-
-    if next(_read_text(files), None) is None:
-        raise ValueError(f"{name}: holds no documents; its {len(files)} text files are empty")
-    names = [str(p) for p in files]
-    if options.get("limit") or options.get("num_shards", 1) > 1:
-        # The library would call the reader once for each file of a list, which cannot count on.
-        names = tuple(names)
-    arguments = {"files": names, **options}
-    return datasets.IterableDataset.from_generator(_read_text, gen_kwargs=arguments)
-
-
-def _table_stream(name, files: list[Path]):
-    """The rows of parquet or json files."""
-    import datasets
-
-    files = [p for p in files if p.stat().st_size]  # the library fails on empty files
-    if not files:
-        raise ValueError(f"{name}: holds no documents; its files are empty")
-    names = [str(p) for p in files]
-    options = {"split": "train", "streaming": True}
-    with _named_errors(str(files[0].parent)):
-        stream = datasets.load_dataset(_kind(files[0]), data_files=names, **options)
-        return stream.reshard()  # by row group: Arrow would read a whole parquet file ahead
+    def notes(self) -> list[str]:
+        """Lines about rows that were not read as their author may have meant them."""
+        return self.counts.notes(self.name, self.n_empty)
 
 
 @contextlib.contextmanager
-def _named_errors(source: str):
+def named_errors(source: str):
     """
-    Raise what the datasets library raises for unreadable data as ValueError with the source.
+    Raise what a library raises for unreadable data as ValueError with the source.
 
     If a connection or disk failed, raise OSError instead, after which a build can resume.
     """
-    import datasets
-    import pyarrow
+    library_errors = ()
+    if "datasets" in sys.modules:
+        import datasets
+        import pyarrow
 
-    library_errors = (datasets.exceptions.DatasetsError, pyarrow.ArrowException)
+        library_errors = (datasets.exceptions.DatasetsError, pyarrow.ArrowException)
     try:
         yield
-    except datasets.table.CastError as e:
-        fix = "if they are several datasets, name one by --dataset_subset"
-        raise ValueError(f"{source}: its files have different columns; {fix}") from e
     except (OSError, UnicodeDecodeError, *library_errors) as e:
         cause = " ".join(str(e.__cause__ or e).split())[:200]
         if isinstance(e, OSError) and _may_pass(e):
@@ -347,64 +318,58 @@ def _may_pass(e: OSError) -> bool:
     return bool(e.errno) or isinstance(e, ConnectionError | TimeoutError)
 
 
-def _read_text(files, limit=None, num_shards: int = 1, shard_index: int = 0, whole: bool = False):
-    """
-    Yield {"text", "starts", "ends"}: pieces of the documents of text files.
-
-    Lines `<|endoftext|>` separate documents; a file without them is one document. A long document
-    is cut after a blank line if there is one, unless `whole`. Of the first `limit` documents every
-    num_shards-th is taken. Raises ValueError naming a file that is not UTF-8 text.
-    """
-    n_documents = 0
-    max_chars = float("inf") if whole else PIECE_CHARS
-    for name in files:
-        try:
-            with open(name, encoding="utf-8-sig") as f:
-                for piece in _pieces(f, name, max_chars):
-                    if limit is not None and n_documents >= limit:
-                        return
-                    if n_documents % num_shards == shard_index:
-                        yield piece
-                    n_documents += piece["ends"]
-        except UnicodeDecodeError as e:
-            fix = "convert it, or let prep_dataset.py gutenberg detect its encoding"
-            raise ValueError(f"{name}: not UTF-8 text ({e.reason}); {fix}") from e
-
-
-def _pieces(f, name, max_chars: float):
-    lines, n_chars, starts = [], 0, True
-    while line := f.readline(PIECE_CHARS):
-        if "\0" in line:
-            raise ValueError(f"{name}: a binary file (it has NUL bytes); remove it")
-        if line == EOT_LINE or line + "\n" == EOT_LINE:
-            yield from _last_piece(lines, starts)
-            lines, n_chars, starts = [], 0, True
-            continue
-        if n_chars >= max_chars and (not lines[-1].strip() or n_chars >= 2 * max_chars):
-            yield {"text": "".join(lines), "starts": starts, "ends": False}
-            lines, n_chars, starts = [], 0, False
-        lines.append(line)
-        n_chars += len(line)
-    yield from _last_piece(lines, starts)
-
-
-def _last_piece(lines: list[str], starts: bool):
-    text = "".join(lines)
-    text = text.strip("\n") if starts else text.rstrip("\n")
-    if text.strip() or not starts:
-        yield {"text": text or "\n", "starts": starts, "ends": True}
-
-
 # ------------------------------------------------------------------------------------ text to ids
 
 
 def in_validation(text: str, share: float) -> bool:
     """Whether a text is held out: decided by its hash, so it is the same in every build."""
+    return _hash(text) < share * 2**64
+
+
+def divide(rows, val_share: float) -> tuple[float, re.Pattern]:
+    """
+    (val_share or the nearest share, pattern of passages) with text on both sides.
+
+    A small corpus would otherwise have no training or no validation text by chance. If all of it is
+    one passage, passages are shorter. Reads rows only until both sides have text. Raises ValueError
+    if a single document is all there is.
+    """
+    lowest, highest, passage, first = 2**64, -1, PASSAGE, None
+    for row in rows:
+        first = first or row
+        hashes = [_hash(text) for text in _divided(row, passage)]
+        lowest, highest = min(lowest, *hashes), max(highest, *hashes)
+        if lowest < val_share * 2**64 <= highest:
+            return val_share, passage
+    if lowest == highest:
+        passage = passage_pattern(max(1, len(first["text"]) // 100))
+        hashes = [_hash(text) for text in _divided(first, passage)]
+        lowest, highest = min(hashes), max(hashes)
+    if lowest >= highest:
+        what = "there is one document, which cannot be both for training and for validation"
+        raise ValueError(f"{what}; give more text")
+    # The bound is a float, and a text below it is for validation.
+    if lowest < val_share * 2**64:
+        bound = float(highest)
+        bound = bound if bound <= highest else math.nextafter(bound, 0)
+    else:
+        bound = float(lowest)
+        bound = bound if bound > lowest else math.nextafter(bound, math.inf)
+    return bound / 2**64, passage
+
+
+def _hash(text: str) -> int:
+    """64 bits that decide the split of a text."""
     digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < share * 2**64
+    return int.from_bytes(digest, "big")
 
 
-def tokenise(rows, tokenizer, val_share: float) -> dict:
+def _divided(row: dict, passage: re.Pattern) -> list[str]:
+    """The texts of a row that each belong to one split: passages of a text file, else documents."""
+    return passage.findall(row["text"]) if "ends" in row else [row["text"]]
+
+
+def tokenise(rows, tokenizer, val_share: float, passage: re.Pattern = PASSAGE) -> dict:
     """
     Token ids of rows of `Corpus.chunks`, end-of-text exactly once after each document.
 
@@ -412,7 +377,7 @@ def tokenise(rows, tokenizer, val_share: float) -> dict:
     a table is a document of one split; a text file is cut into passages, each of one split.
     """
     if any("ends" in row for row in rows):
-        return _tokenise_pieces(rows, tokenizer, val_share)
+        return _tokenise_pieces(rows, tokenizer, val_share, passage)
     texts = {"train": [], "val": []}
     for row in rows:
         texts["val" if in_validation(row["text"], val_share) else "train"].append(row["text"])
@@ -423,7 +388,7 @@ def tokenise(rows, tokenizer, val_share: float) -> dict:
     return result
 
 
-def _tokenise_pieces(rows, tokenizer, val_share: float) -> dict:
+def _tokenise_pieces(rows, tokenizer, val_share: float, pattern: re.Pattern) -> dict:
     """The same for pieces of documents of text files."""
     eot = np.array([tokenizer.eot], dtype=np.uint32)
     ids = {"train": [], "val": []}
@@ -432,7 +397,7 @@ def _tokenise_pieces(rows, tokenizer, val_share: float) -> dict:
     for row in rows:
         starts, ends = row.get("starts", True), row.get("ends", True)
         texts = {"train": [], "val": []}
-        for passage in PASSAGE.findall(row["text"]) if "ends" in row else [row["text"]]:
+        for passage in _divided(row, pattern):
             texts["val" if in_validation(passage, val_share) else "train"].append(passage)
         for split, passages in texts.items():
             if passages:
@@ -446,49 +411,3 @@ def _tokenise_pieces(rows, tokenizer, val_share: float) -> dict:
                 n_documents[split] += 1
     joined = {split: np.concatenate(parts or [eot[:0]]) for split, parts in ids.items()}
     return {split: (joined[split], n_documents[split], n_bytes[split]) for split in joined}
-
-
-# ------------------------------------------------------------------------------------ without data
-
-
-def python_docs() -> list[str]:
-    """
-    About 1 MB of English that comes with Python: pydoc's topics and the library's docstrings.
-
-    Paragraphs of code, tables and repetitions are left out. The same Python gives the same texts.
-    """
-    topics = importlib.import_module("pydoc_data.topics").topics
-    texts = [topics[name] for name in sorted(topics)]
-    library = Path(sysconfig.get_paths()["stdlib"])
-    not_library = {"site-packages", "test", "tests", "idle_test", "lib2to3"}
-    for file in sorted(library.rglob("*.py")):
-        if not not_library & set(file.relative_to(library).parts):
-            texts.append("\n\n".join(_docstrings(file)))
-    documents, seen = [], set()
-    for text in texts:
-        prose = []
-        for paragraph in text.split("\n\n"):
-            letters = "".join(paragraph.split())
-            if _is_prose(letters) and letters not in seen:
-                seen.add(letters)
-                prose.append(inspect.cleandoc(paragraph))
-        if prose:
-            documents.append("\n\n".join(prose))
-    return documents
-
-
-def _docstrings(file: Path) -> list[str]:
-    """The docstrings of a module, its classes and functions; none if it is not valid Python."""
-    try:
-        tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError, OSError):  # some files of the library are wrong on purpose
-        return []
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
-    return [docstring for node in nodes if (docstring := ast.get_docstring(node))]
-
-
-def _is_prose(chars: str) -> bool:
-    """Whether a paragraph without its white space is prose: long enough, letters, no doctest."""
-    n_letters = sum(map(str.isalpha, chars))
-    return len(chars) > 50 and n_letters > 0.85 * len(chars) and ">>>" not in chars

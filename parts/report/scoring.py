@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 
 from parts.base.files import write_file
+from parts.cli.launch import print_notes
+from parts.data.corpus import documents_of
 from parts.data.shards import Shards, holds_shards, read_index
 
 HELLASWAG_URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -318,7 +320,8 @@ def ids_to_score(data: str, tokenizer) -> list:
     """
     Streams of token ids (T,) to score.
 
-    data: a folder of token shards (its validation part), a text file, or a folder of .txt files.
+    data: a folder of token shards (its validation part), or a file or folder of text, which is read
+    as for training.
     Raises FileNotFoundError or ValueError; OSError if a shard is damaged.
     """
     path = Path(data)
@@ -329,13 +332,8 @@ def ids_to_score(data: str, tokenizer) -> list:
         )
     if path.is_dir() and holds_shards(path):
         return _validation_shards(path, tokenizer)
-    files = [path] if path.is_file() else sorted(path.rglob("*.txt"))
-    documents = [read_utf8(file, "--eval") for file in files]
-    if not any(documents):
-        raise ValueError(
-            f"--eval: {path} holds no text; "
-            "give token shards, a text file, or a folder of .txt files"
-        )
+    documents, notes = documents_of(path, "--eval")
+    print_notes(notes)
     return [np.concatenate(([tokenizer.bos], tokenizer.encode_documents(documents)))]
 
 
