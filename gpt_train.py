@@ -456,18 +456,29 @@ def plot_losses(
     *,
     xlabel="optimizer steps",
     uniform_loss=None,
-) -> Path:
+) -> Path | None:
     """
     Draw training and validation loss over steps (or epochs), with tokens on an axis above; save it.
 
     Four lists of one length; None in a loss list leaves that point out (validation is measured
     rarely). uniform_loss: ln(V), the loss of guessing evenly, as a dotted line. The format is that
-    of the path, PNG or PDF. Needs no display. Returns the path.
+    of the path, PNG or PDF. Needs no display. Returns the path, or None, with a warning, if
+    matplotlib is missing or broken. Raises OSError if the file cannot be written.
     """
     path = Path(path)
     kind = path.suffix[1:] or "png"
     lists = (steps, tokens_seen, train_losses, val_losses)
-    write_file(path, draw_losses(*lists, xlabel, uniform_loss, kind))
+    return _write_image(path, draw_losses, *lists, xlabel, uniform_loss, kind)
+
+
+def _write_image(path: Path, draw, *arguments) -> Path | None:
+    """Write the image that draw(*arguments) returns. What was computed is not lost without it."""
+    try:
+        image = draw(*arguments)
+    except Exception as e:  # noqa: BLE001  a missing or broken matplotlib may raise anything
+        print(f"warning: no {path.name}: {error_line(e)}; pip install matplotlib", flush=True)
+        return None
+    write_file(path, image)
     return path
 
 
@@ -485,7 +496,7 @@ def plot_run(run_dir, vocab_size: int | None = None) -> None:
     path = Path(run_dir) / "loss.png"
     try:
         plot_losses(steps, tokens, train_losses, val_losses, path, uniform_loss=uniform)
-    except (ImportError, OSError) as e:
+    except OSError as e:
         print(f"warning: no loss.png: {error_line(e)}", flush=True)
 
 
@@ -573,8 +584,10 @@ def main(config: SampleConfig) -> None:
     """Print continuations of the prompt, the figures of --eval, or the table of --compare."""
     if config.compare is not None:
         text, *picture = compare(config.compare)
-        write_file("compare.png", draw_runs(*picture))
-        return print(f"{text}\n\ncompare.png: their losses against {picture[1]}")
+        print(f"{text}\n")
+        if _write_image(Path("compare.png"), draw_runs, *picture):
+            print(f"compare.png: their losses against {picture[1]}")
+        return None
     for name in ("num_samples", "max_new_tokens", "batch_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name}: {getattr(config, name)} is out of range; give 1 or more")

@@ -224,7 +224,7 @@ def clean_book(path: Path, strip: bool, unwrap: bool) -> dict:
         data = path.read_bytes()
         if not data.strip():
             return {"status": "empty", "reason": "the file is empty"}
-        raw, encoding = gutenberg.decode(data)
+        raw, encoding, n_replaced = gutenberg.decode(data)
     except OSError as e:
         return {"status": "unreadable", "reason": error_line(e)}
     except ValueError as e:
@@ -235,13 +235,14 @@ def clean_book(path: Path, strip: bool, unwrap: bool) -> dict:
     text = gutenberg.unwrap(text) if unwrap else text
     facts = {
         "encoding": encoding,
+        "replaced_bytes": n_replaced,
         "chars_in": len(raw),
         "chars_out": len(text),
         "header_chars": stripped.header_chars,
         "footer_chars": stripped.footer_chars,
         "notices_removed": stripped.notices,
     }
-    reason = gutenberg.why_no_book(text)
+    reason = gutenberg.why_no_text(raw) or gutenberg.why_no_book(text)
     if not reason and stripped.notice_chars > max(len(text), 5000):
         reason = "mostly licence and notices of Project Gutenberg"
     if reason:

@@ -33,7 +33,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import gpt_train
 from gpt_train import GPT, GPTConfig, calc_loss_batch, evaluate_model, generate_and_print_sample
@@ -42,6 +41,7 @@ from parts.base.machine import pick_device
 from parts.base.text import passage_pattern
 from parts.cli.config import parse
 from parts.cli.launch import StopRequest, error_line, run_script
+from parts.cli.progress_bar import tqdm
 from parts.data.tokenizers import make_tokenizer, vocabulary_of
 from parts.storage.checkpoint import save_checkpoint
 from parts.storage.run_folder import claimed
@@ -55,9 +55,7 @@ from prep_dataset import load_documents
 class SimpleConfig:
     """Pretrain a GPT on a folder of text. Where the default is None, it depends on the device."""
 
-    data_dir: str | None = (
-        None  # file or folder of text; None: prepared books, else downloaded ones
-    )
+    data_dir: str | None = None  # file or folder of text; None: prepared books, else fetched ones
     output_dir: str = "runs/simple"  # run folder
     n_epochs: int | None = None  # passes over the training text; max_steps may end the run first
     max_steps: int | None = None  # optimizer steps (updates of the weights)
@@ -322,8 +320,9 @@ def train(config: SimpleConfig, device, move_earlier_run) -> int:
             raise OSError(f"{run_dir}: the last step could not be saved, see the warning above")
         steps = list(range(step + 1))
         curves = [steps, [n * B * T for n in steps], train_losses, val_losses]
-        gpt_train.plot_losses(*curves, run_dir / "loss.png", uniform_loss=math.log(V))
-    print(f"{run_dir}: loss.png, samples.txt, metrics.jsonl, checkpoints/step_{step:06d}")
+        plot = gpt_train.plot_losses(*curves, run_dir / "loss.png", uniform_loss=math.log(V))
+        files = "loss.png, samples.txt" if plot else "samples.txt"
+    print(f"{run_dir}: {files}, metrics.jsonl, checkpoints/step_{step:06d}")
     script = os.path.relpath(Path(__file__).parent / "gpt_train.py")
     print(f'sample from it: python {script} --checkpoint {run_dir} --prompt "It was"')
     return stop.exit_code or 0

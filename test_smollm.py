@@ -12,6 +12,7 @@ checks are listed), 1: a check failed.
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import os
@@ -46,6 +47,15 @@ OPTIONAL = {
     "galore-torch": "--optimizer galore",
     "rarfile": ".rar archives",
 }
+# what the scripts import of a package, where it has another name
+MODULES = {
+    "safetensors": "safetensors.torch",
+    "pyarrow": "pyarrow.parquet",
+    "matplotlib": "matplotlib.figure",
+    "PyYAML": "yaml",
+    "galore-torch": "galore_torch",
+    "tensorboard": "torch.utils.tensorboard",
+}
 NETWORK_TIMEOUT_S = 5
 FREE_GB = 5  # for checkpoints of a 124M model with its optimizer state
 
@@ -61,17 +71,31 @@ def check_python_and_packages() -> str:
     """Python 3.11 or newer, and every package that each run needs."""
     python = f"Python {platform.python_version()}"
     assert sys.version_info >= (3, 11), f"{python} is too old; install 3.11 or newer"
-    missing = [name for name in NEEDED if _version(name) is None]
-    assert not missing, f"missing: {', '.join(missing)}; pip install -r requirements.txt"
+    faults = [fault for name in NEEDED if (fault := _fault_of(name))]
+    assert not faults, f"{', '.join(faults)}; pip install -r requirements.txt"
     return ", ".join([python, *(f"{name} {_version(name)}" for name in NEEDED[:5])])
 
 
 def check_optional_packages() -> str:
     """Packages that only some flags need."""
-    missing = [f"{name} (for {flag})" for name, flag in OPTIONAL.items() if _version(name) is None]
-    if missing:
-        raise Skipped(f"not installed: {', '.join(missing)}; pip install -r requirements.txt")
+    faults = [
+        f"{fault} (for {flag})" for name, flag in OPTIONAL.items() if (fault := _fault_of(name))
+    ]
+    if faults:
+        raise Skipped(f"{', '.join(faults)}; pip install -r requirements.txt")
     return ", ".join(f"{name} {_version(name)}" for name in OPTIONAL)
+
+
+def _fault_of(name: str) -> str | None:
+    """What is wrong with a package, None if it can be imported."""
+    try:
+        importlib.import_module(MODULES.get(name, name))
+    except Exception as e:  # noqa: BLE001  a broken package may raise anything
+        if _version(name) is None:
+            return f"{name} is not installed"
+        reason = " ".join(str(e).split())[:200] or repr(e)
+        return f"{name} is broken and must be installed again ({type(e).__name__}: {reason})"
+    return None
 
 
 def _version(name: str) -> str | None:

@@ -301,7 +301,7 @@ ROWS = [
         "",
     ),
     (
-        '    print(f"{run_dir}: loss.png',
+        '    print(f"{run_dir}: {files}',
         "report where the results are",
         ("parts/training/messages.py", "def last_line("),
         "the same",

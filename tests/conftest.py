@@ -89,6 +89,14 @@ FULL = {
     ),
     "test_notebook_page.py": (),
     "test_on_gpu.py": (),
+    "test_packages.py": (
+        "test_without_tqdm_and_matplotlib_a_run_is_complete_but_for_its_plot",
+        "test_runs_are_compared_without_matplotlib",
+        "test_the_bytes_of_a_text_need_no_tiktoken_in_training_and_sampling",
+        "test_a_job_is_trained_without_the_mirrors_of_its_metrics",
+        "test_a_package_that_every_run_needs_is_named_in_one_line",
+        "test_a_vocabulary_that_needs_tiktoken_says_so_in_one_line",
+    ),
     "test_plan.py": ("test_memory_and_files_of_a_run_are_those_planned",),
     "test_prep.py": ("test_memory_does_not_grow_with_the_number_of_files",),
     "test_prep_clean.py": (
@@ -123,6 +131,9 @@ KEPT = (
     "test_any_arrangement_trains_as_one_process[2-ddp-2-2-False]",
     "test_in_and_out_and_in_again_has_the_same_bits[llama-dtype0-5GB]",
     "test_bad_input_is_one_line_and_leaves_no_run_folder",
+    "test_without_tqdm_and_matplotlib_a_run_is_complete_but_for_its_plot[missing-packages0]",
+    "test_a_package_that_every_run_needs_is_named_in_one_line[torch-without its library]",
+    "test_a_package_that_every_run_needs_is_named_in_one_line[tyro-without its library]",
     "test_a_gradient_that_is_not_finite_is_left_out_and_told",
 )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import one_error_line, run, shared
-from corpus_cases import WORDS, documents, hub_folder, prepare, texts_in, write_jsonl
+from corpus_cases import WORDS, document, documents, hub_folder, prepare, texts_in, write_jsonl
 
 from parts.data import corpus, readers
 from parts.data.python_docs import python_docs
@@ -199,6 +199,14 @@ def test_a_separator_inside_a_line_is_noted(tmp_path, capsys):
         assert note in capsys.readouterr().out
         read_documents(tmp_path / name)
         assert note in capsys.readouterr().out
+
+
+def test_web_pages_are_noted(tmp_path, capsys):
+    page = "<!DOCTYPE html>\n<html><body><p>" + document(1) + "</p></body></html>"
+    texts = [page, page.lower().split("\n")[1], document(2), f"He wrote <html> in {document(3)}"]
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    read_documents(tmp_path / "a.jsonl")
+    assert "a.jsonl: 2 texts are HTML pages, read with their tags" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("n", [2, 3, 5])

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 # The user can fix these before the run. Any other OSError and every RuntimeError means that the run
@@ -31,6 +32,9 @@ BAD_INPUT = (
     IsADirectoryError,
     PermissionError,
 )
+
+ROOT = Path(__file__).resolve().parents[2]
+OURS = ("__main__", "parts")  # and the scripts in ROOT
 
 
 # Requests to stop; Windows has no SIGUSR1.
@@ -66,8 +70,8 @@ def quiet_ctrl_c() -> None:
     """
     Exit at once on a request to stop, with its exit code and no traceback.
 
-    For the seconds in which torch is imported. From then on a missing package is reported in one
-    line. Also opens standard streams that are closed, and sets what torch reads from the
+    For the seconds in which torch is imported. From then on a missing or broken package is reported
+    in one line. Also opens standard streams that are closed, and sets what torch reads from the
     environment.
     """
     open_standard_streams()
@@ -81,12 +85,37 @@ def quiet_ctrl_c() -> None:
 
 
 def _report(kind, e, trace) -> None:
-    """Print an exception that nobody caught: a missing package in one line."""
-    if kind is ModuleNotFoundError and "--debug" not in sys.argv:
-        what = f"needs the package {e.name}, which is not installed"
-        print(f"error: {what}; pip install -r requirements.txt", file=sys.stderr)
+    """Print an exception that nobody caught: a missing or broken package in one line."""
+    line = _package_line(e)
+    if line and "--debug" not in sys.argv:
+        print(f"error: {line}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, e, trace)
+
+
+def _package_line(e: BaseException) -> str | None:
+    """What is wrong with a package that is missing or cannot be imported; None for other errors."""
+    if isinstance(e, ModuleNotFoundError) and e.name and "." not in e.name:
+        what = f"needs the package {e.name}, which is not installed"
+        return f"{what}; pip install -r requirements.txt"
+    package = _package_of(e)
+    if package is None or package in OURS or (ROOT / f"{package}.py").exists():
+        return None
+    cause = error_line(e)[:300]
+    return f"the package {package} is broken, importing it fails ({cause}); install it again"
+
+
+def _package_of(e: BaseException) -> str | None:
+    """
+    The package in whose import an exception was raised, None if it was not raised in one.
+
+    A library that is missing raises ImportError or OSError, a wrong version almost anything.
+    """
+    if isinstance(e, ImportError) and e.name:
+        return e.name.partition(".")[0]
+    frames = [frame for frame, _ in traceback.walk_tb(e.__traceback__)]
+    modules = [f.f_globals.get("__name__") for f in frames if f.f_code.co_name == "<module>"]
+    return modules[-1].partition(".")[0] if modules and isinstance(e, Exception) else None
 
 
 def error_line(e: BaseException) -> str:
@@ -131,7 +160,7 @@ def run_script(main) -> None:
     except (*BAD_INPUT, OSError, RuntimeError, MemoryError) as e:
         rank = os.environ.get("RANK", "0")  # of several processes, set by torchrun
         of_rank = "" if rank == "0" else f"[rank {rank}] "
-        print(f"error: {of_rank}{error_line(e)}", file=sys.stderr)
+        print(f"error: {of_rank}{_package_line(e) or error_line(e)}", file=sys.stderr)
         if "--debug" in sys.argv:
             raise
         code = 2 if isinstance(e, BAD_INPUT) else 1

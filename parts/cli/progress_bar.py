@@ -1,5 +1,5 @@
 """
-tqdm, or a stand-in that shows nothing if tqdm is not installed: training needs no progress bar.
+tqdm, or a stand-in without a bar if tqdm is missing or broken: no script needs a progress bar.
 
     from parts.cli.progress_bar import tqdm
 """
@@ -7,18 +7,28 @@ tqdm, or a stand-in that shows nothing if tqdm is not installed: training needs 
 from __future__ import annotations
 
 import contextlib
+import sys
+
+from parts.cli.launch import error_line
 
 try:
     from tqdm import tqdm
-except ModuleNotFoundError:
+except ImportError as e:  # torch itself cannot do with a tqdm that raises anything else
+    why_no_bar = error_line(e)
 
     class tqdm(contextlib.nullcontext):  # noqa: N801  the name it replaces
-        """The part of tqdm that our scripts use, without a bar."""
+        """The part of tqdm that our scripts use, without a bar; the first one says so."""
 
-        def __init__(self, items=(), initial: int = 0, **_):
+        is_said = False
+
+        def __init__(self, items=(), initial: int = 0, disable: bool = False, **_):
             super().__init__(self)
             self.items = items
             self.n = initial
+            if not disable and not tqdm.is_said:
+                tqdm.is_said = True
+                what = f"note: no progress bar, tqdm cannot be imported: {why_no_bar}"
+                print(f"{what}; pip install tqdm", file=sys.stderr)
 
         def __iter__(self):
             return iter(self.items)
@@ -32,6 +42,11 @@ except ModuleNotFoundError:
 
         def close(self) -> None:
             """Nothing to end."""
+
+        @staticmethod
+        def write(text: str) -> None:
+            """Print; there is no bar to move away."""
+            print(text)
 
         @staticmethod
         def external_write_mode():

@@ -18,6 +18,7 @@ books themselves; the licence is at https://www.gutenberg.org/license.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 import re
 import zlib
@@ -25,53 +26,68 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from parts.data.readers import why_binary
+
 # ------------------------------------------------------------------------------------ bytes to text
 
-CODECS = re.compile(
-    rb"(?im)^character set encoding:\s*"
-    rb"((?:iso-?8859|windows|cp|koi8|mac|big5|gb|shift|euc|iso-2022)[\w-]*)"
-)
+DECLARED = re.compile(rb"(?im)^character set encoding:[ \t]*(?:unicode[ \t]+)?([a-z][\w-]*)")
+CODECS = re.compile(r"(?:iso-?8859|windows|cp|koi8|mac|big5|gb|shift|euc|iso-2022)[\w-]*")
+UTF_8_NAMES = ("utf-8", "utf8")
 LATIN_1_NAMES = ("iso-8859-1", "iso8859-1")
+# CR LF, and what is left of it after more than one conversion; LF, CR, next line, line separator
+LINE_END = re.compile(r"\r*\n|[\r\x85\u2028]")
+# a page break between two lines; one on a line of its own, or at the end of a line, adds nothing
+PAGE_BREAK = re.compile(r"(?<=[^\n])[\x0b\x0c]+(?=[^\n])")
 
 
-def decode(data: bytes) -> tuple[str, str]:
+def decode(data: bytes) -> tuple[str, str, int]:
     """
-    (text with "\\n" line ends, name of the encoding) of a file.
+    (text with "\\n" line ends, name of the encoding, number of bytes replaced) of a file.
 
     Tries a byte order mark, UTF-8, the encoding that the header declares, then Windows-1252
-    (Latin-1 with curly quotes). UTF-8 with a few invalid bytes stays UTF-8, with U+FFFD for each of
-    them. Raises ValueError for binary data.
+    (Latin-1 with curly quotes). A few invalid bytes, such as those of a character that was cut in
+    two, do not rule an encoding out: they become U+FFFD. Raises ValueError for binary data.
     """
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        text = data.decode("utf-16", errors="replace")
-        name = "utf-16"
+        text, name = data.decode("utf-16", errors="replace"), "utf-16"
+        n_replaced = len(data) - len(data.decode("utf-16", errors="ignore").encode("utf-16"))
     elif b"\0" in data:
-        raise ValueError("a binary file (it has NUL bytes)")
+        raise ValueError(why_binary(data[:4096]))
     else:
-        text, name = _decode_8bit(data)
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "", text), name
+        text, name, n_replaced = _decode_8bit(data)
+    text = LINE_END.sub("\n", text.removeprefix("\ufeff")).replace("\u2029", "\n\n")
+    text = PAGE_BREAK.sub("\n", text)
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "", text), name, n_replaced
 
 
-def _decode_8bit(data: bytes) -> tuple[str, str]:
+def _decode_8bit(data: bytes) -> tuple[str, str, int]:
     if data.isascii():
-        return data.decode("ascii"), "ascii"
+        return data.decode("ascii"), "ascii", 0
+    match = DECLARED.search(data[:5000])
+    declared = match[1].decode().lower() if match else ""
     text = data.decode("utf-8", errors="replace")
-    n_bad = text.count("\ufffd")
-    if n_bad == 0:
-        return text, "utf-8-sig" if data.startswith(b"\xef\xbb\xbf") else "utf-8"
-    if len(re.findall(r"[^\x00-\x7f\ufffd]", text)) > 20 * n_bad:
-        return text, f"utf-8, {n_bad} invalid bytes replaced"
-    codecs = ["cp1252"]
-    if declared := CODECS.search(data[:5000]):
-        codecs.insert(0, declared[1].decode().lower())
-    for codec in codecs:
-        if codec not in LATIN_1_NAMES:  # files that declare Latin-1 have Windows-1252 quotes, too
-            try:
-                return data.decode(codec), codec
-            except (LookupError, UnicodeDecodeError):
-                continue
-    return data.decode("latin-1"), "latin-1"
+    n_invalid = text.count("\ufffd") - data.count("\ufffd".encode())  # sequences, not bytes
+    n_valid = _n_non_ascii(text) - n_invalid
+    has_mark = data.startswith(b"\xef\xbb\xbf")
+    # a file with a wrong header has no valid sequence, a file with one accent may have lost it
+    says_so = declared in UTF_8_NAMES and (n_valid > 0 or n_invalid == 1)
+    # an invalid sequence at the end says nothing: there the file was cut
+    if has_mark or says_so or n_valid > n_invalid - text.endswith("\ufffd"):
+        n_replaced = len(data) - len(data.decode("utf-8", errors="ignore").encode())
+        return text, "utf-8-sig" if has_mark else "utf-8", n_replaced
+    if CODECS.fullmatch(declared) and declared not in LATIN_1_NAMES:
+        with contextlib.suppress(LookupError):
+            text = data.decode(declared, errors="replace")
+            n_replaced = text.count("\ufffd")
+            if _n_non_ascii(text) > 2 * n_replaced:
+                return text, declared, n_replaced
+    # also for files that declare Latin-1: they have Windows-1252 quotes, too
+    text = data.decode("cp1252", errors="replace")
+    return text, "cp1252", text.count("\ufffd")
+
+
+def _n_non_ascii(text: str) -> int:
+    return len(text) - len(text.encode("ascii", errors="ignore"))
 
 
 # ------------------------------------------------------------------------------------ markers
@@ -145,6 +161,23 @@ CREDITS = re.compile(
     r"|most\s+recently\s+updated|credits)\s*:|^language:\s*\w+$",
     re.IGNORECASE | re.MULTILINE,
 )
+# Near the beginning, too: short notices about the file, not the book. Its character set, accents it
+# has lost, marks for italics, and notes that say whose they are. (The heading of a longer note has
+# no text in its paragraph, and stays with the note.)
+ABOUT_THE_FILE = re.compile(
+    r"\b(?:[78][\s-]?|(?:seven|eight)-)bit\s+(?:\w+\s+){0,2}?"
+    r"(?:ascii|version|edition|characters?|text|file|format)\b"
+    r"|\b(?:ascii|iso-?8859-\d+|latin-?1|utf-?8|unicode|html)\W+(?:\w+\W+){0,2}?"
+    r"(?:version|edition|file|format|text|characters?)\b"
+    r"|\bthis\s+electronic\s+(?:version|edition|text)\b"
+    # "[accents removed]"; without brackets or "Note:" this may be a sentence of a philologist
+    r"|\A\s*(?:[\[(*]|note\b)[^\]]{0,60}?\b(?:accents|accented\s+\w+|diacritic\w*|umlauts)\s+"
+    r"(?:\w+\s+){0,3}?(?:removed|omitted|dropped|stripped|replaced)\b"
+    r"|\bitalics?\b[^.]{0,80}\b(?:by|with|within|between|in)\W+underscores?\b"
+    r"|\A\W*transcriber\W?s?\W?\s+notes?\W+\w",
+    re.IGNORECASE,
+)
+LONGEST_ABOUT_THE_FILE = 6  # lines
 EDGE_PARAGRAPHS = 30  # "near the beginning"
 # Lines. From a longer paragraph (a book without blank lines) only the lines that match are removed.
 LONGEST_NOTICE = 40
@@ -235,6 +268,8 @@ def _without_notices(text: str, notices: list[str]) -> str:
         is_notice = EDITORS_WORDS.search(paragraph)
         if i < EDGE_PARAGRAPHS and n_lines <= LONGEST_NOTICE // 2:
             is_notice = is_notice or CREDITS.search(paragraph)
+        if i < EDGE_PARAGRAPHS and n_lines <= LONGEST_ABOUT_THE_FILE:
+            is_notice = is_notice or ABOUT_THE_FILE.search(paragraph)
         if is_notice and n_lines > LONGEST_NOTICE:
             kept.append(_without_lines_of_notices(paragraph, notices) + gap)
         elif is_notice:
@@ -353,6 +388,39 @@ def language_of(text: str, raw: str = "") -> str:
 
 # combining marks: parts of letters that str.isalpha does not count
 MARKS = re.compile(r"[\u0300-\u036f\u0591-\u05c7\u064b-\u0652\u0900-\u0dff\u0e00-\u0eff]")
+
+
+# How a file begins that is not plain text, after blanks and comments
+OTHER_FORMATS = {
+    "an HTML page": re.compile(
+        r"(?:\s|<!--[\s\S]*?-->|<\?xml[^>]*>)*+<(?:!doctype\s+html|html|head|body)\b", re.IGNORECASE
+    ),
+    "an XML file": re.compile(r"\s*<\?xml\b"),
+    "an RTF file": re.compile(r"\s*\{\\rtf\d"),
+    "a PDF file": re.compile(r"\s*%PDF-\d"),
+}
+# Tags of a page's structure. <i> and <b> are left out: volunteers mark italics with them.
+TAG = re.compile(
+    r"</?(?:p|div|span|br|hr|h[1-6]|a|img|table|tr|td|th|ul|ol|li|link|meta|script|pre)"
+    r"(?:\s[^<>]{0,300})?/?>",
+    re.IGNORECASE,
+)
+
+
+def why_no_text(raw: str) -> str | None:
+    """
+    Why a file is not plain text but, for example, a saved web page; None if it is.
+
+    A page without a head is known by its tags: two in a thousand characters, and ten at least. A
+    book that mentions a few tags is text.
+    """
+    for kind, beginning in OTHER_FORMATS.items():
+        if beginning.match(raw):
+            return f"{kind}, not plain text; save it as plain text"
+    n_tags = sum(1 for _ in TAG.finditer(raw[:200_000]))
+    if n_tags >= 10 and n_tags * 500 >= len(raw[:200_000]):
+        return f"a page of HTML without its head ({n_tags} tags), not plain text"
+    return None
 
 
 def why_no_book(text: str) -> str | None:

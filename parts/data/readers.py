@@ -205,7 +205,7 @@ def _json_object(line: str, path: Path, n: int) -> dict:
         row = _decode_json(line)
     except json.JSONDecodeError as e:
         if "\0" in line:
-            raise ValueError(f"{path}: line {n:,}: {_what_binary(line.encode())}") from e
+            raise ValueError(f"{path}: line {n:,}: {why_binary(line.encode())}") from e
         what = f"not JSON ({e.msg}, column {e.colno:,})"
         raise ValueError(f"{path}: line {n:,}: {what}; each line must be one JSON object") from e
     if type(row) is not dict:
@@ -375,7 +375,7 @@ def _pieces(f, path: Path, max_chars: float):
     lines, n_chars, starts = [], 0, True
     while line := f.readline(PIECE_CHARS):
         if "\0" in line:
-            raise ValueError(f"{path}: {_what_binary(_first_bytes(path))}")
+            raise ValueError(f"{path}: {why_binary(_first_bytes(path))}")
         if line == EOT_LINE or line + "\n" == EOT_LINE:
             yield from _last_piece(lines, starts)
             lines, n_chars, starts = [], 0, True
@@ -428,7 +428,8 @@ def _offset(path: Path) -> int:
     return n_read - len(decoder.getstate()[0])
 
 
-def _what_binary(data: bytes) -> str:
+def why_binary(data: bytes) -> str:
+    """Why bytes with NULs are no text, what they look like, and what to do."""
     looks = _looks_like(data) or "it looks like a binary file; move it out of the folder"
     return f"not text, it has NUL bytes; {looks}"
 

@@ -96,6 +96,7 @@ class Counts:
     texts: int = 0
     without_text: int = 0
     with_separator: int = 0  # inside a line, where it separates nothing
+    web_pages: int = 0
 
     def add(self, row: dict) -> bool:
         """Count a row; whether it has text."""
@@ -105,6 +106,7 @@ class Counts:
             return False
         self.texts += 1
         self.with_separator += EOT in text
+        self.web_pages += text[:200].lstrip().lower().startswith(("<!doctype html", "<html"))
         return True
 
     def notes(self, name: str, n_empty: int) -> list[str]:
@@ -118,4 +120,6 @@ class Counts:
         if self.with_separator:
             what = f"{self.with_separator:,} texts have {EOT} inside a line"
             notes.append(f"{what}, where it is read as text; put it on a line of its own")
+        if self.web_pages:
+            notes.append(f"{self.web_pages:,} texts are HTML pages, read with their tags")
         return [f"{name}: {note}" for note in notes]

@@ -28,8 +28,6 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
-import regex  # tiktoken requires it
-import tiktoken
 
 from parts.base.files import make_folder, rename_durably, sha256_of
 from parts.base.text import (
@@ -39,6 +37,7 @@ from parts.base.text import (
     EOT,
     without_surrogates,
 )
+from parts.data.byte_encoding import ByteEncoding
 from parts.data.huggingface_tokenizer import HuggingFaceTokenizer, agree, json_of_folder
 
 # GPT-2 merges only inside these pieces: contractions, words, numbers, punctuation, white space.
@@ -94,9 +93,14 @@ class Tokenizer:
         self.fingerprint = hashlib.sha256(table.encode()).hexdigest()[:16]
 
     @property
-    def encoding(self) -> tiktoken.Encoding:
+    def encoding(self):
         """The encoding of this thread; threads that share one wait for its regular expression."""
         if not hasattr(self._of_thread, "encoding"):
+            if all(len(token) == 1 for token in self.ranks):  # bytes need no package
+                self._of_thread.encoding = ByteEncoding(self.ranks, self.special)
+                return self._of_thread.encoding
+            import tiktoken
+
             self._of_thread.encoding = tiktoken.Encoding(
                 self.name,
                 pat_str=FASTER_PATTERNS.get(self.pattern, self.pattern),
@@ -206,7 +210,7 @@ class Tokenizer:
             return _gpt2_of_merges(path)
         data = path.read_bytes()
         ours = any((path.parent / name).exists() for name in ("MANIFEST.json", "index.json"))
-        damage = (LookupError, TypeError, AttributeError, RecursionError, regex.error)
+        damage = (LookupError, TypeError, AttributeError, RecursionError)
         tokenizer = None
         try:
             tokenizer = cls._from_json(json.loads(data))
@@ -284,9 +288,16 @@ def _pattern_of(pre_tokenizer: dict) -> str:
     if (split["type"], split["behavior"], split["invert"]) != ("Split", "Isolated", False):
         raise ValueError("its pre-tokenizer is neither GPT-2's nor one pattern of its own")
     pattern = split["pattern"]["Regex"]
-    # tiktoken would crash on an empty piece
-    if any(m.start() == m.end() for m in regex.finditer(pattern, "".join(map(chr, range(256))))):
-        raise ValueError(f"its pattern {pattern[:50]!r} matches an empty text")
+    if pattern == GPT2_PATTERN:
+        return pattern
+    import regex  # tiktoken requires it
+
+    try:
+        pieces = regex.finditer(pattern, "".join(map(chr, range(256))))
+        if any(m.start() == m.end() for m in pieces):  # tiktoken would crash on an empty piece
+            raise ValueError(f"its pattern {pattern[:50]!r} matches an empty text")
+    except regex.error as e:
+        raise ValueError(f"its pattern {pattern[:50]!r} is not valid: {e}") from e
     return pattern
 
 
