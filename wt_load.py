@@ -667,9 +667,8 @@ def list_run(config: ListConfig) -> None:
     """Print a line for each checkpoint of a run."""
     folders = list_checkpoints(config.path)
     if not folders:
-        raise FileNotFoundError(
-            f"{config.path}: no checkpoints here; give a run folder such as runs/advanced"
-        )
+        what = formats.instead_of_a_run(config.path)
+        raise FileNotFoundError(f"{config.path}: no checkpoints here{what}")
     states, damage = {}, {}
     for folder in folders:
         try:

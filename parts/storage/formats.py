@@ -14,11 +14,13 @@ runs (pickles are loaded with `weights_only=True`), and no size in them is trust
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
 import reprlib
+import shlex
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from parts.base.files import read_json
-from parts.storage.tf_bundle import Bundle
+from parts.storage.tf_bundle import Bundle, find_prefix
 
 SHARD_BYTES = 5 * 10**9  # of one file that write_folder writes
 
@@ -196,20 +198,25 @@ def _read_variable(bundle: Bundle, name: str, transposed: bool) -> torch.Tensor:
 def read_folder(folder) -> dict[str, Stored]:
     """The tensors of a Hugging Face folder: one file, or shards and an index. Raises ValueError."""
     folder = Path(folder)
-    readers = {
-        "model.safetensors": read_safetensors,
-        "pytorch_model.bin": lambda path: read_torch(path)[0],
-    }
-    for name, read in readers.items():
+    for name, read in HF_WEIGHTS.items():
         if (folder / name).exists():
             return read(folder / name)
         index = folder / f"{name}.index.json"
         if index.exists():
             return _read_shards(index, read)
+    fix = "give a folder with weights"
+    if files := _weight_files(folder):
+        fix = f"to read {files[0].name}, give {files[0]}"
     raise ValueError(
         f"{folder}: has neither model.safetensors nor pytorch_model.bin, nor an index of shards; "
-        "give a folder with weights"
+        f"{fix}"
     )
+
+
+HF_WEIGHTS = {  # files of a Hugging Face folder, the first that is there
+    "model.safetensors": read_safetensors,
+    "pytorch_model.bin": lambda path: read_torch(path)[0],
+}
 
 
 def _read_shards(index: Path, read) -> dict[str, Stored]:
@@ -259,6 +266,68 @@ def write_folder(folder, named: dict[str, Stored], dtype: torch.dtype) -> None:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         text = json.dumps(index, indent=2) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+# ------------------------------------------------------------------------- where a run was expected
+
+HF_FILES = ("config.json", *(f"{name}{end}" for name in HF_WEIGHTS for end in ("", ".index.json")))
+SUFFIXES = {
+    ".safetensors": "a safetensors file",
+    ".pt": "a torch file",
+    ".pth": "a torch file",
+    ".ckpt": "a torch file",
+    ".gguf": "a GGUF file",
+}
+
+
+def instead_of_a_run(path) -> str:
+    """
+    The end of an error message about a path that is no run folder: what to do.
+
+    If it looks like weights of another project, it says so, with the command that reads them.
+    """
+    text, path = str(path), Path(path)
+    if text.startswith("hf:") and not os.path.lexists(text):
+        return f", it is a name on the hub; {_how_to_import(text)}"
+    if path.is_file():
+        return _instead_of_a_folder(path)
+    if path.is_dir() and not os.path.lexists(path / "MANIFEST.json"):
+        if any((path / name).is_file() for name in HF_FILES):
+            return f", it looks like a Hugging Face folder; {_how_to_import(text)}"
+        with contextlib.suppress(ValueError, OSError):  # a damaged file tells nothing
+            if find_prefix(path):
+                return f", it looks like a TensorFlow checkpoint; {_how_to_import(text)}"
+        if files := _weight_files(path):
+            return f" but {files[0].name}{_instead_of_a_folder(files[0])}"
+    return "; give a run folder such as runs/simple, or train one first"
+
+
+def _instead_of_a_folder(file: Path) -> str:
+    if os.path.lexists(file.parent / "MANIFEST.json"):
+        return f", it is a file of a checkpoint; give its folder, {file.parent}"
+    kind = _kind_of_weights(file)
+    if kind == "a GGUF file":
+        return f", {kind}, which is only written here; give the weights that it was made from"
+    if kind:
+        return f", {kind}; {_how_to_import(str(file))}"
+    return ", it is a file; give a run folder such as runs/simple"
+
+
+def _how_to_import(source: str) -> str:
+    command = f"python wt_load.py import {shlex.quote(source)} runs/NAME"
+    return f"import it first: {command}, and give runs/NAME (to train further: --init_from)"
+
+
+def _kind_of_weights(file: Path) -> str | None:
+    if file.name.startswith(("pytorch_model", "model")) and file.suffix == ".bin":
+        return "a torch file"  # another .bin may be a token shard
+    return SUFFIXES.get(file.suffix.lower())
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files of weights in a folder, those that can be read first."""
+    found = [f for f in sorted(folder.iterdir()) if _kind_of_weights(f) and f.is_file()]
+    return sorted(found, key=lambda file: file.suffix.lower() == ".gguf")
 
 
 # ---------------------------------------------------------------------------------------- the names
