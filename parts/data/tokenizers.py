@@ -39,7 +39,13 @@ from parts.base.text import (
     EOT,
     without_surrogates,
 )
-from parts.data.huggingface_tokenizer import HuggingFaceTokenizer, agree, json_of_folder
+from parts.data.huggingface_tokenizer import (
+    HuggingFaceTokenizer,
+    agree,
+    json_of_folder,
+    part_of_a_tokenizer,
+    whole_tokenizer_beside,
+)
 
 # GPT-2 merges only inside these pieces: contractions, words, numbers, punctuation, white space.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -205,6 +211,8 @@ class Tokenizer:
         if sha256_of(path) == GPT2_SHA256:
             return _gpt2_of_merges(path)
         data = path.read_bytes()
+        if part := part_of_a_tokenizer(data):
+            raise ValueError(f"--tokenizer: {path} holds {part}; {whole_tokenizer_beside(path)}")
         ours = any((path.parent / name).exists() for name in ("MANIFEST.json", "index.json"))
         damage = (LookupError, TypeError, AttributeError, RecursionError, regex.error)
         tokenizer = None
