@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from parts.base.text import CHAR_TO_BYTE, DOCUMENT_ENDS, without_surrogates
+from parts.base.text import CHAR_TO_BYTE, DOCUMENT_ENDS, one_line, without_surrogates
 
 ENDS = ("[SEP]", *DOCUMENT_ENDS)  # an encoder's end of a document comes first
 # what begins one; if none is there, the end of the document before it
@@ -219,7 +219,7 @@ def json_of_folder(folder) -> bytes:
         fix = "give a tokenizer.json"
         if (folder / "tokenizer.model").exists():
             fix = "pip install sentencepiece, or give a tokenizer.json"
-        why = " ".join(str(e).split())[:150]
+        why = one_line(e, 150)
         raise ValueError(f"{folder}: transformers cannot read its tokenizer ({why}); {fix}") from e
 
 

@@ -31,6 +31,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from parts.base.files import read_json
+from parts.base.text import one_line
 from parts.storage.tf_bundle import Bundle, find_prefix
 
 SHARD_BYTES = 5 * 10**9  # of one file that write_folder writes
@@ -83,7 +84,7 @@ def read_safetensors(path) -> dict[str, Stored]:
                 for name, s in slices.items()
             }
     except (SafetensorError, OSError) as e:
-        reason = " ".join(str(e).split())[:150]
+        reason = one_line(e, 150)
         raise ValueError(
             f"{path}: not a complete safetensors file ({reason}); download or write it again"
         ) from e
@@ -154,10 +155,20 @@ def _load_tensors_only(path):
         except RuntimeError:  # the format before torch 1.6 cannot be mapped
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # noqa: BLE001  a damaged or hostile pickle may raise anything
-        reason = " ".join(str(e).split())[:150]
         raise ValueError(
-            f"{path}: cannot be loaded as plain tensors ({reason}); export it as safetensors"
+            f"{path}: cannot be loaded as plain tensors ({_why_not_loaded(e)}); "
+            "save its state_dict alone, or export it as safetensors"
         ) from e
+
+
+def _why_not_loaded(e: Exception) -> str:
+    """The reason of torch.load, without its colours and its advice to load the file unsafely."""
+    text = str(e)
+    if found := re.search(r"GLOBAL (.*?) (?:was not an allowed|whose module)", text, re.DOTALL):
+        return f"it asks for {one_line(found[1], 100)}, which is code and not a tensor"
+    text = re.split(r"WeightsUnpickler error:|from a trusted source\.", text)[-1]
+    text = re.split(r"Please use `torch|Check the documentation of torch", text)[0]
+    return one_line(text, 150) or type(e).__name__
 
 
 def _check_archive(path) -> None:
