@@ -52,6 +52,7 @@ from parts.base.files import (
     rename_durably,
     why_not_written,
 )
+from parts.base.text import one_line
 from parts.cli.config import parse
 from parts.cli.launch import error_line, run_script
 from parts.data.tokenizers import FILES as TOKENIZER_FILES
@@ -606,7 +607,7 @@ def info(config: InfoConfig) -> None:
     if "family" in facts:
         writer = f"family {facts['family']}"
     kind = facts.get("kind", f"checkpoint of {writer}")
-    print(f"{facts.get('checkpoint', config.path)}: {kind}")
+    print(f"{facts.get('checkpoint', config.path)}: {one_line(kind, 100)}")
     heads = f"{c.n_head} heads"
     if c.family == "llama" and c.n_kv_head != c.n_head:
         heads += f" with {c.n_kv_head} keys and values"
@@ -621,7 +622,7 @@ def info(config: InfoConfig) -> None:
         if not (run_dir / "checkpoints").is_dir():
             run_dir = Path(facts["checkpoint"]).parent.parent
         with contextlib.suppress(ValueError, KeyError):  # no run.json, as of an import
-            print(f"to resume: {read_json(run_dir / 'run.json')['resume']}")
+            print(f"to resume: {one_line(read_json(run_dir / 'run.json')['resume'])}")
         print(f"to sample: python gpt_train.py --checkpoint {facts['checkpoint']}")
     else:
         print(f"tokenizer: {weights.tokenizer_path or 'none beside it'}")
@@ -637,8 +638,8 @@ def _print_progress(facts: dict) -> None:
     if best.get("val_loss"):
         loss = f", best validation loss {best['val_loss']:.4f} at step {best['step']}"
     print(f"trained: step {facts.get('step')}, {facts.get('tokens', 0):,} tokens{loss}")
-    data = str(facts.get("data", "not recorded"))[:16]
-    print(f"data: {data}, tokenizer: {facts.get('tokenizer', 'not recorded')}")
+    data, tokenizer = (str(facts.get(k, "not recorded"))[:16] for k in ("data", "tokenizer"))
+    print(one_line(f"data: {data}, tokenizer: {tokenizer}"))
 
 
 def verify(config: VerifyConfig) -> None:
@@ -667,9 +668,8 @@ def list_run(config: ListConfig) -> None:
     """Print a line for each checkpoint of a run."""
     folders = list_checkpoints(config.path)
     if not folders:
-        raise FileNotFoundError(
-            f"{config.path}: no checkpoints here; give a run folder such as runs/advanced"
-        )
+        what = formats.instead_of_a_run(config.path)
+        raise FileNotFoundError(f"{config.path}: no checkpoints here{what}")
     states, damage = {}, {}
     for folder in folders:
         try:
@@ -682,7 +682,7 @@ def list_run(config: ListConfig) -> None:
     best_step = (newest.get("best") or {}).get("step")
     for folder in folders:
         if folder in damage:
-            print(f"{folder}: damaged ({damage[folder]})")
+            print(f"{folder}: damaged ({one_line(damage[folder])})")
             continue
         state = states[folder]
         is_best = state["step"] == best_step

@@ -84,6 +84,10 @@ FULL = {
         "test_in_and_out_and_in_again_has_the_same_bits",
         "test_a_tokenizer_that_tiktoken_cannot_run_goes_in_and_out",
     ),
+    "test_long_runs.py": (
+        "test_a_vocabulary_of_ordinary_text_is_the_one_of_the_library",
+        "test_the_library_of_hugging_face_encodes_a_long_run_in_seconds",
+    ),
     "test_notebook.py": (
         "test_settings_name_the_run_and_a_training_that_fails_tells_its_error_line",
     ),

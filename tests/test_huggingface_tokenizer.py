@@ -1,5 +1,6 @@
 """Tokenizers that tiktoken cannot run give transformers' ids and keep every byte of a text."""
 
+import base64
 import json
 import shutil
 import unicodedata
@@ -9,7 +10,13 @@ import pytest
 from conftest import one_error_line, run, shared
 
 from parts.data.huggingface_tokenizer import HuggingFaceTokenizer, agree
-from parts.data.tokenizers import Tokenizer, content_key, train_bpe, vocabulary_of
+from parts.data.tokenizers import (
+    Tokenizer,
+    content_key,
+    make_tokenizer,
+    train_bpe,
+    vocabulary_of,
+)
 
 REAL = ["modernbert-base", "qwen2.5", "mistral-v1"]
 ODD = [
@@ -256,3 +263,56 @@ def test_both_trainers_take_one_and_sample_with_it(script, texts, tmp_path):
     assert result.returncode == 0 and "tokenizer bpe:264" in result.stdout, result.stderr
     result = run("gpt_train.py", "--checkpoint", run_dir, "--eval", texts, cwd=tmp_path)
     assert result.returncode == 0 and "bits per byte" in result.stdout, result.stderr
+
+
+# ------------------------------------------------------------------------------- parts of one alone
+
+PARTS = {  # file of the shared data -> what it holds
+    "tokenizers/qwen2.5/merges.txt": "merges without their vocabulary",
+    "tokenizers/qwen2.5/vocab.json": "a vocabulary without merges",
+    "tokenizers/qwen2.5/tokenizer_config.json": "the settings of a tokenizer",
+    "tokenizers/qwen2.5/added_tokens.json": "tokens added to a vocabulary",
+    "tokenizers/qwen2.5/special_tokens_map.json": "the special tokens of a tokenizer",
+    "tokenizers/mistral-v1/tokenizer.model": "a vocabulary of SentencePiece",
+    "tokenizers/modernbert-base/tokenizer_config.json": "the settings of a tokenizer",
+    "gpt2/hf/vocab.json": "a vocabulary without merges",
+    "gpt2/encoder.json": "a vocabulary without merges",
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_file_that_is_a_part_of_a_tokenizer_is_named_with_what_to_give(name, tmp_path):
+    path, what = shared(f"data/{name}"), PARTS[name]
+    folder = path.parent
+    with pytest.raises(ValueError) as e:
+        make_tokenizer(str(path), [])
+    whole = {"modernbert-base": folder / "tokenizer.json"}.get(folder.name, f"its folder, {folder}")
+    if folder.name == "gpt2":  # its merges have another name
+        whole = "the folder with vocab.json and merges.txt, or a tokenizer.json"
+    assert str(e.value) == f"--tokenizer: {path} holds {what}; give {whole}"
+    # alone and under another name it is what it was
+    renamed = shutil.copy(path, tmp_path / "t.json")
+    with pytest.raises(ValueError, match=what) as e:
+        make_tokenizer(str(renamed), [])
+    assert str(e.value).endswith(
+        "; give the folder with vocab.json and merges.txt, or a tokenizer.json"
+    )
+
+
+def test_parts_of_other_kinds_are_named_too_and_a_text_is_not_taken_for_one(tmp_path):
+    ranks = "".join(f"{base64.b64encode(bytes([b])).decode()} {b}\n" for b in range(256))
+    wordpiece = "\n".join(["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "a"])
+    bare = "\n".join(f"a{i} b{i}" for i in range(300))
+    for contents, what in (
+        (ranks, "a vocabulary of tiktoken"),
+        (wordpiece, "a vocabulary of WordPiece"),
+        (bare, "merges without their vocabulary"),
+        ('{"model_type": "llama", "vocab_size": 32000}', "the settings of a model"),
+        ("It was the best of times.\nIt was the worst of times.\n" * 99, "cannot be used"),
+        ("not json", "cannot be used"),
+        ("", "cannot be used"),
+    ):
+        (tmp_path / "t").write_text(contents, encoding="utf-8")
+        with pytest.raises(ValueError, match=what) as e:
+            Tokenizer.load(tmp_path / "t")
+        assert str(tmp_path / "t") in str(e.value)

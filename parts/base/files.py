@@ -19,6 +19,8 @@ import re
 import shutil
 from pathlib import Path
 
+from parts.base.text import one_line
+
 
 def fsync(path) -> None:
     """Make a file or folder durable. Raises OSError."""
@@ -79,7 +81,7 @@ def why_not_written(e: Exception, folder) -> str:
         return found[1].strip()
     if shutil.disk_usage(folder).free < 1 << 20:
         return "No space left on device"
-    return f"it cannot be written ({text[:150]})"
+    return f"it cannot be written ({one_line(text, 150)})"
 
 
 def write_file(path, data: bytes) -> None:
@@ -134,7 +136,7 @@ def read_json(path, fix: str = "") -> dict:
     try:
         found = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as e:
-        reason = " ".join(str(e).split())[:150]
+        reason = one_line(e, 150)
         raise ValueError(f"{path}: not readable as JSON ({reason}){fix}") from e
     if not isinstance(found, dict):
         raise ValueError(f"{path}: holds no JSON object{fix}")

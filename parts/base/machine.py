@@ -14,6 +14,7 @@ import sys
 import torch
 
 from parts.base.dtypes import DTYPES
+from parts.base.text import one_line
 
 # Words of an error that CUDA or torch raises on the first use of a device -> message for the user.
 WHY_NO_CUDA = {
@@ -138,7 +139,7 @@ def why_no_compiler(device) -> str | None:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
         return None
     except Exception as e:  # noqa: BLE001  whatever the compiler raises, training runs without it
-        return " ".join(str(e).split())[:150] or type(e).__name__
+        return one_line(e, 150) or type(e).__name__
 
 
 def out_of_memory(e: BaseException) -> bool:

@@ -11,6 +11,9 @@ EOT = "<|endoftext|>"  # ends a document: one special token, or a line of its ow
 DOCUMENT_ENDS = (EOT, "</s>", "<eos>", "<|end_of_text|>")
 
 
+JOINERS = "\u200c\u200d"  # invisible, but a part of Persian words and of emoji
+
+
 def without_surrogates(text: str) -> str:
     """The text with each lone surrogate, which UTF-8 cannot hold, as U+FFFD."""
     try:
@@ -18,6 +21,23 @@ def without_surrogates(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+def one_line(text, most: int | None = None) -> str:
+    """
+    The text in one line of at most `most` characters and "...", as a terminal may show it.
+
+    For what a file says about itself: control characters, which could move the cursor or change
+    the title of the window, are shown as \\x1b, and so are those that reverse the direction.
+    """
+    shown, n_chars = [], 0
+    for c in " ".join(str(text).split()):
+        plain = c.isprintable() or c in JOINERS
+        shown.append(c if plain else c.encode("unicode_escape").decode())
+        n_chars += len(shown[-1])
+        if most and n_chars > most:
+            return "".join(shown[:-1]).rstrip() + "..."
+    return "".join(shown)
 
 
 def passage_pattern(n_chars: int) -> re.Pattern:

@@ -25,6 +25,7 @@ from typing import Annotated, NoReturn, Union
 
 import tyro
 
+from parts.base.text import one_line
 from parts.cli.foreign_names import name_here
 
 MAX_YAML_CHARS = 1 << 20
@@ -197,7 +198,7 @@ def _read_yaml(path: str) -> dict:
     except OSError as e:
         _refuse([f"--config: {path or 'is empty'}: {e.strerror}"])
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as e:
-        reason = " ".join(str(e).split())[:200]
+        reason = one_line(e, 200)
         _refuse([f"{path}: not readable as YAML ({reason}); {example}"])
     if values is None:
         return {}

@@ -22,6 +22,8 @@ import time
 import traceback
 from pathlib import Path
 
+from parts.base.text import one_line
+
 # The user can fix these before the run. Any other OSError and every RuntimeError means that the run
 # itself failed.
 BAD_INPUT = (
@@ -119,15 +121,15 @@ def _package_of(e: BaseException) -> str | None:
 
 
 def error_line(e: BaseException) -> str:
-    """The error in one line; an OSError as `file: what is wrong`."""
+    """The error in one line, safe for a terminal; an OSError as `file: what is wrong`."""
     if isinstance(e, OSError) and e.strerror:
-        line = f"{e.filename}: {e.strerror}" if e.filename else e.strerror
+        line = one_line(f"{e.filename}: {e.strerror}" if e.filename else e.strerror)
         if e.errno == errno.ENOSPC:
             line += "; free some space and run the same command again"
         return line
     if isinstance(e, MemoryError):
         return "out of memory; lower --batch_size or --context_length, or take a smaller model"
-    return " ".join(str(e).split()) or type(e).__name__
+    return one_line(e) or type(e).__name__
 
 
 def print_notes(notes: list[str]) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from parts.base.text import passage_pattern
+from parts.base.text import one_line, passage_pattern
 from parts.data import sources
 from parts.data.readers import FIELDS, FileRows
 from parts.data.streams import Counts, Mixture, Selection
@@ -241,7 +241,7 @@ class Corpus:
         except ValueError as e:  # an unknown subset: the library lists the known ones
             raise ValueError(f"--dataset_subset: {subset!r} of {self.name}: {e}") from e
         except Exception as e:  # noqa: BLE001  the hub's client raises errors of its http library
-            why = " ".join(str(e).split())[:150]
+            why = one_line(e, 150)
             what = f"{self.name} is not a local path, and the hub did not provide it ({why})"
             folder = f"./{self.name}/{subset or ''}"
             fix = f"put its files into {folder} (parquet or jsonl), or give a folder or a file"
@@ -304,7 +304,7 @@ def named_errors(source: str):
     try:
         yield
     except (OSError, UnicodeDecodeError, *library_errors) as e:
-        cause = " ".join(str(e.__cause__ or e).split())[:200]
+        cause = one_line(e.__cause__ or e, 200)
         if isinstance(e, OSError) and _may_pass(e):
             fix = "run the same command again, it resumes from here"
             raise OSError(f"{source}: cannot be read now ({cause}); {fix}") from e

@@ -8,6 +8,7 @@ added in the middle of the vocabulary. The class has the interface of parts.data
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import random
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from parts.base.text import CHAR_TO_BYTE, DOCUMENT_ENDS, without_surrogates
+from parts.base.text import CHAR_TO_BYTE, DOCUMENT_ENDS, one_line, without_surrogates
 
 ENDS = ("[SEP]", *DOCUMENT_ENDS)  # an encoder's end of a document comes first
 # what begins one; if none is there, the end of the document before it
@@ -218,5 +219,49 @@ def json_of_folder(folder) -> bytes:
         fix = "give a tokenizer.json"
         if (folder / "tokenizer.model").exists():
             fix = "pip install sentencepiece, or give a tokenizer.json"
-        why = " ".join(str(e).split())[:150]
+        why = one_line(e, 150)
         raise ValueError(f"{folder}: transformers cannot read its tokenizer ({why}); {fix}") from e
+
+
+# keys of a JSON file -> what it is, the first that has one of them
+PARTS = {
+    ("tokenizer_class", "added_tokens_decoder"): "the settings of a tokenizer",
+    ("additional_special_tokens", "eos_token", "unk_token"): "the special tokens of a tokenizer",
+    ("model_type", "architectures"): "the settings of a model",
+}
+
+
+def part_of_a_tokenizer(data: bytes) -> str | None:
+    """
+    What a file holds that belongs to a tokenizer, but is no whole one; None if it is no such file.
+
+    Judged by the contents: people rename files.
+    """
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(data)
+        keys = found.keys() if isinstance(found, dict) else set()
+        if keys and all(type(i) is int for i in found.values()):
+            whole = len(keys) >= 256
+            return "a vocabulary without merges" if whole else "tokens added to a vocabulary"
+        parts = (part for names, part in PARTS.items() if keys & set(names))
+        return None if "model" in keys else next(parts, None)
+    if data[:1] == b"\n" and b"<unk>" in data[:100]:
+        return "a vocabulary of SentencePiece"
+    lines = data[:2000].decode(errors="replace").splitlines()[:-1]
+    if len(lines) > 20 and all(re.fullmatch(r"[A-Za-z0-9+/]+=* \d+", line) for line in lines):
+        return "a vocabulary of tiktoken without its pattern"
+    pairs = len(lines) > 20 and all(re.fullmatch(r"\S+ \S+", line) for line in lines)
+    if pairs or (lines and lines[0].startswith("#version")):
+        return "merges without their vocabulary"
+    return "a vocabulary of WordPiece" if "[UNK]" in lines else None
+
+
+def whole_tokenizer_beside(path: Path) -> str:
+    """What to give instead of a file that is a part of a tokenizer."""
+    folder = path.parent
+    if (folder / "tokenizer.json").is_file():
+        return f"give {folder / 'tokenizer.json'}"
+    pair = ("vocab.json", "merges.txt")
+    if all((folder / name).is_file() for name in pair) or (folder / "tokenizer.model").is_file():
+        return f"give its folder, {folder}"
+    return "give the folder with vocab.json and merges.txt, or a tokenizer.json"

@@ -15,7 +15,7 @@ import json
 import zlib
 from pathlib import Path
 
-from parts.base.text import EOT
+from parts.base.text import EOT, one_line
 
 EOT_LINE = EOT + "\n"
 PIECE_CHARS = 1 << 20  # a long document of a text file is read in pieces of this size
@@ -347,7 +347,7 @@ def _unreadable(path: Path, where: str, e: Exception) -> Exception:
     if isinstance(e, OSError) and e.errno:
         e.filename = e.filename or str(path)
         return e
-    cause = " ".join(str(e).split())[:150]
+    cause = one_line(e, 150)
     return ValueError(f"{path}: cannot be read {where} ({cause})")
 
 

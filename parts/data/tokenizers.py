@@ -2,7 +2,8 @@
 Text to token ids and back. Most are byte-level BPE, run by tiktoken; only the merges differ:
 
     gpt2        50,257 ids, GPT-2's own merges (0.5 MB, downloaded once into tiktoken's cache)
-    bpe         4,096 ids trained on the given text in seconds, without a network; or bpe:8192
+    bpe         4,096 ids trained on the given text in seconds, without a network; or bpe:8192.
+                A token has at most 500 characters: longer runs are cut in training, not in encoding
     bytes       257 ids, no merges: one id per byte
     FILE        a tokenizer.json of Hugging Face, or GPT-2's vocab.bpe / merges.txt; or a folder
                 with one of them, or with what transformers makes a tokenizer of. What tiktoken
@@ -38,7 +39,13 @@ from parts.base.text import (
     without_surrogates,
 )
 from parts.data.byte_encoding import ByteEncoding
-from parts.data.huggingface_tokenizer import HuggingFaceTokenizer, agree, json_of_folder
+from parts.data.huggingface_tokenizer import (
+    HuggingFaceTokenizer,
+    agree,
+    json_of_folder,
+    part_of_a_tokenizer,
+    whole_tokenizer_beside,
+)
 
 # GPT-2 merges only inside these pieces: contractions, words, numbers, punctuation, white space.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -54,6 +61,7 @@ GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/voca
 GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 DEFAULT_BPE_SIZE = 4096
 BPE_SAMPLE_CHARS = 50_000_000  # more text takes longer and does not change 4,096 merges
+MAX_RUN = 500  # characters; no word of any language is as long
 MAX_VOCAB_SIZE = 1_000_000
 AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")  # of a BPE that is not byte-level
 # files of a folder that has a tokenizer, the first that is there
@@ -209,6 +217,8 @@ class Tokenizer:
         if sha256_of(path) == GPT2_SHA256:
             return _gpt2_of_merges(path)
         data = path.read_bytes()
+        if part := part_of_a_tokenizer(data):
+            raise ValueError(f"--tokenizer: {path} holds {part}; {whole_tokenizer_beside(path)}")
         ours = any((path.parent / name).exists() for name in ("MANIFEST.json", "index.json"))
         damage = (LookupError, TypeError, AttributeError, RecursionError)
         tokenizer = None
@@ -328,8 +338,8 @@ def train_bpe(texts, vocab_size: int = DEFAULT_BPE_SIZE) -> Tokenizer:
     """
     A byte-level BPE of up to vocab_size ids, trained on an iterable of texts; end-of-text is last.
 
-    The same texts give the same tokenizer; a short text gives fewer ids. Raises ValueError for a
-    size that is out of range.
+    The same texts give the same tokenizer; a short text gives fewer ids. No token is longer than
+    MAX_RUN characters. Raises ValueError for a size that is out of range.
     """
     if not 257 <= vocab_size <= MAX_VOCAB_SIZE:
         what = f"bpe:{vocab_size} is out of range"
@@ -345,7 +355,7 @@ def train_bpe(texts, vocab_size: int = DEFAULT_BPE_SIZE) -> Tokenizer:
         min_frequency=2,
         show_progress=False,
     )
-    model.train_from_iterator(texts, trainer)
+    model.train_from_iterator(_without_long_runs(texts), trainer)
     vocab = model.get_vocab(with_added_tokens=False)
     ranks = {_from_printable(token): i for token, i in vocab.items()}
     return Tokenizer(f"bpe:{len(ranks) + 1}", ranks, {EOT: len(ranks)})
@@ -457,14 +467,31 @@ def vocabulary_of(spec: str, on_gpu: bool = True) -> int:
 
 
 def _sample(texts):
-    """
-    Yield texts up to BPE_SAMPLE_CHARS in all, the last one cut.
-
-    Long runs of white space are cut, too, because they take quadratic time.
-    """
+    """Yield texts up to BPE_SAMPLE_CHARS in all, the last one cut."""
     left = BPE_SAMPLE_CHARS
     for text in texts:
-        yield re.sub(r"(\s{100})\s+", r"\1", text[:left])
+        yield text[:left]
         left -= len(text)
         if left <= 0:
             return
+
+
+def _without_long_runs(texts):
+    """
+    Yield the texts in parts, so that no run of letters, digits or signs exceeds MAX_RUN.
+
+    A merge takes quadratic time in the length of such a run, and gives tokens that are of no use
+    anywhere else. Runs of white space are shortened to 100 characters. Other text stays as it is.
+    """
+    import regex  # tiktoken requires it
+
+    for text in texts:
+        text = re.sub(r"(\s{100})\s+", r"\1", text)
+        begin = 0
+        for stretch in re.finditer(rf"(?<!\S)\S{{{MAX_RUN + 1},}}", text):
+            for run in regex.finditer(r"\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+", stretch[0]):
+                first = stretch.start() + run.start()
+                for end in range(first + MAX_RUN, first + len(run[0]), MAX_RUN):
+                    yield text[begin:end]
+                    begin = end
+        yield text[begin:]

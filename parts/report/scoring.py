@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from parts.base.files import write_file
+from parts.base.text import one_line
 from parts.cli.launch import print_notes
 from parts.data.corpus import documents_of
 from parts.data.shards import Shards, holds_shards, read_index
@@ -237,7 +238,7 @@ def fetch_hellaswag(
         _items(io.BytesIO(received), path)
         write_file(path, received)
     except Exception as e:
-        why = " ".join(str(e).split())[:200]
+        why = one_line(e, 200)
         raise OSError(
             f"{path}: missing, and the download from {url} failed ({why}); "
             "put HellaSwag's hellaswag_val.jsonl there"

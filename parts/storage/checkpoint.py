@@ -30,6 +30,8 @@ from safetensors.torch import load_file
 
 from parts.base.dtypes import SAFETENSORS_NAMES
 from parts.base.files import add_file_name, make_folder, read_json, rename_durably, sha256_of
+from parts.base.text import one_line
+from parts.storage.formats import instead_of_a_run
 
 DAMAGED = "the checkpoint is damaged, use another one"
 DEFAULT_NAME = "step_{step:06d}"  # of a checkpoint folder
@@ -223,15 +225,13 @@ def newest_checkpoint(path, name: str | None = None) -> Path:
         return path
     candidates = list_checkpoints(path, name)
     if not candidates:
-        raise FileNotFoundError(
-            f"{path}: no checkpoint here; give a run folder such as runs/simple, or train one first"
-        )
+        raise FileNotFoundError(f"{path}: no checkpoint here{instead_of_a_run(path)}")
     for folder in reversed(candidates):
         try:
             verify_checkpoint(folder)
             return folder
         except ValueError as e:
-            print(f"warning: {e}", flush=True)
+            print(f"warning: {one_line(e)}", flush=True)
             problem = e
     raise ValueError(
         f"{path}: all {len(candidates)} checkpoints are damaged ({problem}); "

@@ -5,7 +5,8 @@ Weights in the files of other projects: what a file holds, and our names for it.
                        linear weights are (in, out), ours (out, in)
     OpenAI             GPT-2's TensorFlow variables (parts/storage/tf_bundle.py); (1, in, out)
     nanoGPT            ckpt.pt, with the same names as here
-    LLMs-from-scratch  a .pth file: query, key and value apart, an output head of its own
+    LLMs-from-scratch  a .pth file: query, key and value apart, or together in `att.qkv`; an
+                       output head of its own
 
 Only names and shapes are read until a tensor is asked for. Files are untrusted: no code from them
 runs (pickles are loaded with `weights_only=True`), and no size in them is trusted.
@@ -13,11 +14,13 @@ runs (pickles are loaded with `weights_only=True`), and no size in them is trust
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
 import reprlib
+import shlex
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +31,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from parts.base.files import read_json
-from parts.storage.tf_bundle import Bundle
+from parts.base.text import one_line
+from parts.storage.tf_bundle import Bundle, find_prefix
 
 SHARD_BYTES = 5 * 10**9  # of one file that write_folder writes
 
@@ -80,7 +84,7 @@ def read_safetensors(path) -> dict[str, Stored]:
                 for name, s in slices.items()
             }
     except (SafetensorError, OSError) as e:
-        reason = " ".join(str(e).split())[:150]
+        reason = one_line(e, 150)
         raise ValueError(
             f"{path}: not a complete safetensors file ({reason}); download or write it again"
         ) from e
@@ -101,14 +105,15 @@ def read_torch(path) -> tuple[dict[str, Stored], dict]:
     """
     (tensors, settings) of a file of torch.save.
 
-    settings: nanoGPT's model_args if the file has them. Raises ValueError for anything but tensors.
+    settings: nanoGPT's model_args, or the shape in a trainer's config, if the file has them. What
+    else a trainer keeps there is left out. Raises ValueError for anything but tensors.
     """
     _check_is_file(path)
     found = _load_tensors_only(path)
-    settings = found.get("model_args") if isinstance(found, dict) else None
-    for key in ("model_state_dict", "state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
+    settings = _settings_of(found)
+    for _ in range(3):  # a dictionary may hold itself
+        inner = [found[k] for k in STATE_DICTS if isinstance(found, dict) and k in found]
+        found = next((value for value in inner if isinstance(value, dict)), found)
     if not isinstance(found, dict) or not found:
         raise ValueError(f"{path}: holds no named tensors; give the file of a model's state_dict")
     tensors = {}
@@ -119,10 +124,26 @@ def read_torch(path) -> tuple[dict[str, Stored], dict]:
             )
         _check_is_plain(path, name, t)
         tensors[name] = Stored(tuple(t.shape), partial(in_memory, t.detach()), str(t.dtype))
-    settings = settings if isinstance(settings, dict) else {}
-    # drop tensors and lists: they can neither be compared nor shown in a line
-    plain = {k: v for k, v in settings.items() if isinstance(v, str | int | float | None)}
-    return tensors, plain
+    return tensors, settings
+
+
+# where a trainer keeps the weights, and the shape, in its file
+STATE_DICTS = ("model_state_dict", "model_state", "state_dict", "model")
+SHAPES = ("config", "model_config", "cfg")
+
+
+def _settings_of(found) -> dict:
+    """The settings in a trainer's file, without tensors and lists: those cannot be compared."""
+    if not isinstance(found, dict):
+        return {}
+    if isinstance(settings := found.get("model_args"), dict):
+        return {k: v for k, v in settings.items() if isinstance(v, str | int | float | None)}
+    for key in SHAPES:  # where most settings are those of the training
+        settings = found.get(key)
+        if isinstance(settings, dict) and settings.keys() & SCRATCH_SHAPE.keys():
+            shape = {ours: settings.get(theirs) for theirs, ours in SCRATCH_SHAPE.items()}
+            return {name: n for name, n in shape.items() if type(n) is int}
+    return {}
 
 
 def _load_tensors_only(path):
@@ -134,10 +155,20 @@ def _load_tensors_only(path):
         except RuntimeError:  # the format before torch 1.6 cannot be mapped
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # noqa: BLE001  a damaged or hostile pickle may raise anything
-        reason = " ".join(str(e).split())[:150]
         raise ValueError(
-            f"{path}: cannot be loaded as plain tensors ({reason}); export it as safetensors"
+            f"{path}: cannot be loaded as plain tensors ({_why_not_loaded(e)}); "
+            "save its state_dict alone, or export it as safetensors"
         ) from e
+
+
+def _why_not_loaded(e: Exception) -> str:
+    """The reason of torch.load, without its colours and its advice to load the file unsafely."""
+    text = str(e)
+    if found := re.search(r"GLOBAL (.*?) (?:was not an allowed|whose module)", text, re.DOTALL):
+        return f"it asks for {one_line(found[1], 100)}, which is code and not a tensor"
+    text = re.split(r"WeightsUnpickler error:|from a trusted source\.", text)[-1]
+    text = re.split(r"Please use `torch|Check the documentation of torch", text)[0]
+    return one_line(text, 150) or type(e).__name__
 
 
 def _check_archive(path) -> None:
@@ -178,20 +209,25 @@ def _read_variable(bundle: Bundle, name: str, transposed: bool) -> torch.Tensor:
 def read_folder(folder) -> dict[str, Stored]:
     """The tensors of a Hugging Face folder: one file, or shards and an index. Raises ValueError."""
     folder = Path(folder)
-    readers = {
-        "model.safetensors": read_safetensors,
-        "pytorch_model.bin": lambda path: read_torch(path)[0],
-    }
-    for name, read in readers.items():
+    for name, read in HF_WEIGHTS.items():
         if (folder / name).exists():
             return read(folder / name)
         index = folder / f"{name}.index.json"
         if index.exists():
             return _read_shards(index, read)
+    fix = "give a folder with weights"
+    if files := _weight_files(folder):
+        fix = f"to read {files[0].name}, give {files[0]}"
     raise ValueError(
         f"{folder}: has neither model.safetensors nor pytorch_model.bin, nor an index of shards; "
-        "give a folder with weights"
+        f"{fix}"
     )
+
+
+HF_WEIGHTS = {  # files of a Hugging Face folder, the first that is there
+    "model.safetensors": read_safetensors,
+    "pytorch_model.bin": lambda path: read_torch(path)[0],
+}
 
 
 def _read_shards(index: Path, read) -> dict[str, Stored]:
@@ -243,20 +279,91 @@ def write_folder(folder, named: dict[str, Stored], dtype: torch.dtype) -> None:
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
+# ------------------------------------------------------------------------- where a run was expected
+
+HF_FILES = ("config.json", *(f"{name}{end}" for name in HF_WEIGHTS for end in ("", ".index.json")))
+SUFFIXES = {
+    ".safetensors": "a safetensors file",
+    ".pt": "a torch file",
+    ".pth": "a torch file",
+    ".ckpt": "a torch file",
+    ".gguf": "a GGUF file",
+}
+
+
+def instead_of_a_run(path) -> str:
+    """
+    The end of an error message about a path that is no run folder: what to do.
+
+    If it looks like weights of another project, it says so, with the command that reads them.
+    """
+    text, path = str(path), Path(path)
+    if text.startswith("hf:") and not os.path.lexists(text):
+        return f", it is a name on the hub; {_how_to_import(text)}"
+    if path.is_file():
+        return _instead_of_a_folder(path)
+    if path.is_dir() and not os.path.lexists(path / "MANIFEST.json"):
+        if any((path / name).is_file() for name in HF_FILES):
+            return f", it looks like a Hugging Face folder; {_how_to_import(text)}"
+        with contextlib.suppress(ValueError, OSError):  # a damaged file tells nothing
+            if find_prefix(path):
+                return f", it looks like a TensorFlow checkpoint; {_how_to_import(text)}"
+        if files := _weight_files(path):
+            return f" but {files[0].name}{_instead_of_a_folder(files[0])}"
+    return "; give a run folder such as runs/simple, or train one first"
+
+
+def _instead_of_a_folder(file: Path) -> str:
+    if os.path.lexists(file.parent / "MANIFEST.json"):
+        return f", it is a file of a checkpoint; give its folder, {file.parent}"
+    kind = _kind_of_weights(file)
+    if kind == "a GGUF file":
+        return f", {kind}, which is only written here; give the weights that it was made from"
+    if kind:
+        return f", {kind}; {_how_to_import(str(file))}"
+    return ", it is a file; give a run folder such as runs/simple"
+
+
+def _how_to_import(source: str) -> str:
+    command = f"python wt_load.py import {shlex.quote(source)} runs/NAME"
+    return f"import it first: {command}, and give runs/NAME (to train further: --init_from)"
+
+
+def _kind_of_weights(file: Path) -> str | None:
+    if file.name.startswith(("pytorch_model", "model")) and file.suffix == ".bin":
+        return "a torch file"  # another .bin may be a token shard
+    return SUFFIXES.get(file.suffix.lower())
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files of weights in a folder, those that can be read first."""
+    found = [f for f in sorted(folder.iterdir()) if _kind_of_weights(f) and f.is_file()]
+    return sorted(found, key=lambda file: file.suffix.lower() == ".gguf")
+
+
 # ---------------------------------------------------------------------------------------- the names
 
+SCRATCH_SHAPE = {  # LLMs-from-scratch -> here
+    "n_heads": "n_head",
+    "n_layers": "n_layer",
+    "emb_dim": "n_embd",
+    "context_length": "block_size",
+    "vocab_size": "vocab_size",
+}
 SCRATCH = {  # LLMs-from-scratch -> here; query, key and value are joined below
     r"tok_emb\.weight": "wte.weight",
     r"pos_emb\.weight": "wpe.weight",
     r"out_head\.weight": "lm_head.weight",
-    r"final_norm\.(scale|shift)": r"ln_f.\1",
-    r"trf_blocks\.(\d+)\.norm(1|2)\.(scale|shift)": r"h.\1.ln_\2.\3",
-    r"trf_blocks\.(\d+)\.att\.out_proj\.(weight|bias)": r"h.\1.attn.c_proj.\2",
+    r"final_norm\.(scale|shift|weight|bias)": r"ln_f.\1",
+    r"trf_blocks\.(\d+)\.norm(1|2)\.(scale|shift|weight|bias)": r"h.\1.ln_\2.\3",
+    r"trf_blocks\.(\d+)\.att\.(?:out_)?proj\.(weight|bias)": r"h.\1.attn.c_proj.\2",
+    r"trf_blocks\.(\d+)\.att\.qkv\.(weight|bias)": r"h.\1.attn.c_attn.\2",
     r"trf_blocks\.(\d+)\.att\.W_(query|key|value)\.(weight|bias)": r"h.\1.attn.\2.\3",
     r"trf_blocks\.(\d+)\.ff\.layers\.0\.(weight|bias)": r"h.\1.mlp.c_fc.\2",
     r"trf_blocks\.(\d+)\.ff\.layers\.2\.(weight|bias)": r"h.\1.mlp.c_proj.\2",
 }
-# what wrappers, and classes around the model, put before the names
+# what wrappers put into the names, and what they and classes around the model put before them
+WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 PREFIXES = re.compile(r"^((module|model|transformer)\.)+")
 # buffers with the causal mask
 MASKS = re.compile(r"(h\.\d+\.attn\.(bias|masked_bias)|trf_blocks\.\d+\.att\.mask)")
@@ -271,7 +378,7 @@ def our_names(tensors: dict[str, Stored]) -> dict[str, Stored]:
 
     Names that are not a GPT-2's stay. Raises ValueError if two tensors get the same name.
     """
-    named = _rename(tensors, lambda name: PREFIXES.sub("", name.replace("_orig_mod.", "")))
+    named = _rename(tensors, lambda name: PREFIXES.sub("", WRAPPERS.sub("", name)))
     named = {name: t for name, t in named.items() if not MASKS.fullmatch(name)}
     if any("/wte" in name for name in tensors):
         named = _rename(named, _from_openai)
@@ -311,21 +418,26 @@ def _join_attention(named: dict[str, Stored]) -> dict[str, Stored]:
     """
     The tensors with query, key and value of each block joined along the first dimension.
 
-    Missing biases (an option of that book) become zeros.
+    Biases that no block has (an option of that book) become zeros.
     """
     separate = re.compile(r"h\.(\d+)\.attn\.(query|key|value)\.(weight|bias)")
     found = {name: m for name in named if (m := separate.fullmatch(name))}
-    joined = {name: t for name, t in named.items() if name not in found}
-    for i in sorted({m[1] for m in found.values() if m[2] == "query" and m[3] == "weight"}):
-        for kind in ("weight", "bias"):
-            parts = [named.get(f"h.{i}.attn.{part}.{kind}") for part in ("query", "key", "value")]
-            C = named[f"h.{i}.attn.query.weight"].shape[:1]
-            if all(parts) and len({(p.shape, p.dtype) for p in parts}) == 1 and parts[0].shape:
-                n, *rest = parts[0].shape
-                stored = Stored((3 * n, *rest), partial(_concatenate, parts), parts[0].dtype)
-                joined[f"h.{i}.attn.c_attn.{kind}"] = stored
-            elif kind == "bias" and not any(parts) and C:
-                joined[f"h.{i}.attn.c_attn.bias"] = zeros(3 * C[0])
+    joined = dict(named)
+    for i, kind in sorted({(m[1], m[3]) for m in found.values()}):
+        names = [f"h.{i}.attn.{part}.{kind}" for part in ("query", "key", "value")]
+        parts = [named.get(name) for name in names]
+        if all(parts) and len({(p.shape, p.dtype) for p in parts}) == 1 and parts[0].shape:
+            n, *rest = parts[0].shape
+            stored = Stored((3 * n, *rest), partial(_concatenate, parts), parts[0].dtype)
+            joined = {name: t for name, t in joined.items() if name not in names}
+            if f"h.{i}.attn.c_attn.{kind}" in joined:
+                raise ValueError(f"block {i} has query, key and value twice; keep one of them")
+            joined[f"h.{i}.attn.c_attn.{kind}"] = stored
+    biases = re.compile(r"h\.\d+\.attn\.(c_attn|query|key|value)\.bias")
+    if not any(map(biases.fullmatch, named)):
+        for name, t in list(joined.items()):
+            if name.endswith(".attn.c_attn.weight") and t.shape:
+                joined[name.removesuffix("weight") + "bias"] = zeros(t.shape[0])
     return joined
 
 

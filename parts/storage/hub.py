@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from parts.base.files import sha256_of
+from parts.base.text import one_line
 from parts.data.tokenizers import FILES as TOKENIZER_FILES
 from parts.storage import formats
 
@@ -32,7 +33,7 @@ def from_hub(name: str) -> Path:
             if not any(folder.glob("model*.safetensors*")):
                 folder = download("pytorch_model*.bin*")
     except Exception as e:  # noqa: BLE001  errors of whatever http library the hub's client uses
-        reason = " ".join(str(e).split())[:150]
+        reason = one_line(e, 150)
         raise ValueError(
             f"hf:{name}: not in the hub's cache, and not available from the hub ({reason}); "
             "give a folder instead"

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from parts.base.files import add_file_name, append_lines, rename_durably
+from parts.base.text import one_line
 
 # Dense bf16/fp16 operations per second with fp32 sums, from the makers' data sheets. A key matches
 # a device whose name contains all its words; of several keys the one with the most words counts.
@@ -320,7 +321,7 @@ class Wandb:
                 run.log({k: _wandb_value(wandb, v) for k, v in values.items()}, step=step)
             run.finish()
         except Exception as e:  # noqa: BLE001  whatever wandb raises, the training continues
-            reason = " ".join(str(e).split())[:150]
+            reason = one_line(e, 150)
             print(f"warning: wandb is off: {reason}; metrics.jsonl has everything", flush=True)
             while self.queue.get() is not None:
                 pass

@@ -17,6 +17,7 @@ import torch
 
 from parts.base.dtypes import SAFETENSORS_NAMES
 from parts.base.files import append_lines
+from parts.base.text import one_line
 from parts.cli.progress_bar import tqdm
 
 DTYPES = list(SAFETENSORS_NAMES)  # a tensor's dtype travels as its position in this list
@@ -166,7 +167,7 @@ def _why_no_group(e: RuntimeError, device) -> str:
     """Why the processes could not form a group, and what to do, in one line."""
     from torch.distributed import DistBackendError
 
-    error = " ".join(str(e).split())[:150]
+    error = one_line(e, 150)
     if isinstance(e, DistBackendError) or "NCCL" in error:
         return f"NCCL cannot start on {device} ({error}); NCCL_DEBUG=INFO shows why"
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
