@@ -111,6 +111,33 @@ def test_the_ids_of_bytes_are_those_of_tiktoken(allowed):
 
 
 @pytest.mark.parametrize("fault", ["missing", "without its library"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_local_text_is_tokenised_and_trained_on_without_datasets(fault, name, tmp_path):
+    env = faulty(tmp_path, fault, "datasets", "pyarrow", "huggingface_hub", "tqdm")
+    write_jsonl(tmp_path / "a.jsonl", documents(200))
+    (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(documents(200)), encoding="utf-8")
+    words = f"--dataset_name {name} --tokenizer bytes"
+    result = run("prep_dataset.py", "tokenize", *words.split(), cwd=tmp_path, env=env)
+    assert "documents" in fine(result)
+    words += " --model_size nano --context_length 32 --batch_size 2 --max_steps 3 --device cpu"
+    result = run("pretraining_advanced.py", *words.split(), cwd=tmp_path, env=env)
+    assert "finished at step 3" in fine(result)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_needs_pyarrow_or_datasets_says_so_in_one_line(fault, tmp_path):
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": documents(9)}), tmp_path / "a.parquet")
+    env = faulty(tmp_path, fault, "pyarrow", "datasets")
+    for name, package in (("a.parquet", "pyarrow"), ("someone/else", "datasets")):
+        words = ("tokenize", "--dataset_name", name, "--tokenizer", "bytes")
+        result = run("prep_dataset.py", *words, cwd=tmp_path, env=env)
+        line = one_error_line(result, result.returncode)
+        assert package in line and "install" in line and result.returncode in (1, 2)
+
+
+@pytest.mark.parametrize("fault", ["missing", "without its library"])
 def test_a_job_is_trained_without_the_mirrors_of_its_metrics(fault, tmp_path):
     env = faulty(tmp_path, fault, "wandb", "tensorboard", "matplotlib")
     write_jsonl(tmp_path / "texts.jsonl", documents(200))

@@ -227,9 +227,10 @@ class Corpus:
         try:
             import datasets
             import huggingface_hub
-        except ImportError as e:
-            what = f"{self.name} is not a local path, and the hub needs the package datasets ({e})"
-            raise ValueError(f"--dataset_name: {what}; pip install datasets") from e
+        except Exception as e:  # noqa: BLE001  a broken package may raise anything
+            what = f"{self.name} is not a local path, and the hub needs the package datasets"
+            fix = "pip install datasets"
+            raise ValueError(f"--dataset_name: {what} ({one_line(e, 150)}); {fix}") from e
         # if True, the first row imports torch only to ask whether it is in a DataLoader
         datasets.config.TORCH_AVAILABLE = "torch" in sys.modules
         try:

@@ -230,9 +230,9 @@ def _pyarrow():
     try:
         import pyarrow.ipc
         import pyarrow.parquet
-    except ImportError as e:
-        fix = "pip install pyarrow (or datasets), or give jsonl or text"
-        raise ValueError(f"parquet and Arrow files need the package pyarrow ({e}); {fix}") from e
+    except Exception as e:  # noqa: BLE001  a broken package may raise anything
+        what = f"parquet and Arrow files need the package pyarrow ({one_line(e, 150)})"
+        raise ValueError(f"{what}; pip install pyarrow, or give jsonl or text") from e
     return pyarrow
 
 
