@@ -51,7 +51,7 @@ from parts.base.text import EOT
 from parts.cli.config import parse
 from parts.cli.launch import error_line, print_notes, run_script
 from parts.cli.progress_bar import tqdm
-from parts.data import corpus, gutenberg, shards, sources, tokenizers
+from parts.data import corpus, gutenberg, shard_writer, shards, sources, tokenizers
 from parts.data.archives import extract_archive, is_archive
 from parts.data.python_docs import python_docs
 from parts.data.tokenizers import Tokenizer, byte_tokenizer, gpt2_tokenizer, make_tokenizer
@@ -527,7 +527,7 @@ def prepare_tokens(config: TokenizeConfig, build: bool = True) -> Path:
             return corpus.tokenise(rows, tokenizer, val_share, passage)
 
         n_threads = os.cpu_count() or 1
-        shards.build(target, tokenizer, source.chunks, tokenise, facts, n_threads, progress)
+        shard_writer.build(target, tokenizer, source.chunks, tokenise, facts, n_threads, progress)
     print_notes(source.notes())
     return target
 
@@ -660,7 +660,7 @@ def merge_parts(config: MergeConfig) -> Path:
     target, is_part, _ = (config.parts or ("",))[0].rpartition("-part-")
     if not is_part:
         raise ValueError("--parts: name the folders whose names end with -part-I-of-N")
-    return shards.merge(config.parts, target)
+    return shard_writer.merge(config.parts, target)
 
 
 def main(config) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from parts.data import shards
+from parts.data import shard_writer, shards
 from parts.data.batches import TrainBatches
 from parts.data.tokenizers import byte_tokenizer
 
@@ -59,7 +59,7 @@ def main() -> None:
         def tokenise(rows):
             return {"train": (rows[0], 1, N)}
 
-        folder = shards.build(Path(tmp) / "cache", tokenizer, chunks, tokenise, {}, 1)
+        folder = shard_writer.build(Path(tmp) / "cache", tokenizer, chunks, tokenise, {}, 1)
         index = shards.read_index(folder)
         path = folder / next(s["name"] for s in index["shards"] if "train" in s["name"])
         runs = [(ours(folder, index), get_batch(path, N // T // B)) for _ in range(3)]

@@ -28,7 +28,7 @@ import gpt_train
 from gpt_train import GPTConfig, pick_device
 from parts.base.dtypes import DTYPES
 from parts.base.machine import choose_dtype, free_memory
-from parts.data import corpus, shards
+from parts.data import corpus, shard_writer
 from parts.data.tokenizers import EOT, Tokenizer, byte_tokenizer
 from parts.training.metrics import peak_flops, read_metrics
 from parts.training.plan import Setting, flops_per_token, memory_of
@@ -68,7 +68,7 @@ def prepare(given: dict) -> dict:
     for name, tokenizer in {"bytes": byte_tokenizer(), "pairs": pairs}.items():
         tokenise = functools.partial(corpus.tokenise, tokenizer=tokenizer, val_share=0.05)
         facts = {"dataset_name": "made-up words"}
-        shards.build(folder / name, tokenizer, chunks, tokenise, facts, 1)
+        shard_writer.build(folder / name, tokenizer, chunks, tokenise, facts, 1)
     return {"bytes": sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())}
 
 

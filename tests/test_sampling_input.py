@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 from given_runs import ARABIC, RUSSIAN, refused, sample
 
-from parts.data import shards
+from parts.data import shard_writer, shards
 from parts.data.tokenizers import byte_tokenizer, train_bpe
 
 home = given_runs.home
@@ -104,13 +104,13 @@ def token_shards(folder, val=True, tokenizer=None) -> Path:
     def chunks(_):
         yield from source
 
-    return shards.build(folder, tokenizer, chunks, lambda _: parts, {"dataset_name": "x"}, 1)
+    return shard_writer.build(folder, tokenizer, chunks, lambda _: parts, {"dataset_name": "x"}, 1)
 
 
 def published(folder, ids, name="val") -> Path:
     """A shard without an index, as others publish them."""
     folder.mkdir()
-    header = shards._header(len(ids), np.uint16)
+    header = shards.header_of(len(ids), np.uint16)
     data = np.array(ids, np.uint16).tobytes()
     (folder / f"fineweb_{name}_000000.bin").write_bytes(header + data)
     return folder

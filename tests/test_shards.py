@@ -1,5 +1,6 @@
 """Token shards on disk: llm.c's layout, whole documents, ready-made folders, named damage."""
 
+import json
 import struct
 
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 from conftest import one_error_line, run
 from corpus_cases import documents, hub_folder, prepare, texts_in
 
-from parts.data import corpus, shards
+from parts.data import corpus, shard_writer, shards
 from parts.data.batches import TrainBatches, val_batches
 from parts.data.shards import Shards, read_index
+from parts.data.tokenizers import byte_tokenizer
 from prep_dataset import TokenizeConfig, prepare_tokens
 
 
@@ -52,7 +54,7 @@ def test_a_vocabulary_over_65536_is_written_in_32_bits(tmp_path):
     def tokenise(rows):
         return corpus.tokenise(rows, Wide(), 0.0)
 
-    folder = shards.build(tmp_path / "x", Wide(), chunks, tokenise, {}, 1)
+    folder = shard_writer.build(tmp_path / "x", Wide(), chunks, tokenise, {}, 1)
     path = folder / "train_000000.bin"
     assert struct.unpack("<3i", path.read_bytes()[:12]) == (20240801, 7, 2)
     assert Shards(folder, "train", read_index(folder)).read(0, 0, 2).tolist() == [69_003, 69_999]
@@ -116,7 +118,7 @@ def test_verify_claims_no_hashes_if_there_are_none(tmp_path):
     (tmp_path / "pub").mkdir()
     for name in ("x_train_000.bin", "x_val_000.bin"):
         tokens = np.arange(4, dtype=np.uint16)
-        (tmp_path / "pub" / name).write_bytes(shards._header(4, np.uint16) + tokens.tobytes())
+        (tmp_path / "pub" / name).write_bytes(shards.header_of(4, np.uint16) + tokens.tobytes())
     out = run("prep_dataset.py", "verify", "--path", "pub", cwd=tmp_path).stdout
     assert "no hashes to compare" in out and "sha256" not in out
 
@@ -138,7 +140,7 @@ def published(folder, *names) -> None:
     folder.mkdir(exist_ok=True)
     for name in names:
         tokens = np.arange(40, dtype=np.uint16)
-        (folder / name).write_bytes(shards._header(40, np.uint16) + tokens.tobytes())
+        (folder / name).write_bytes(shards.header_of(40, np.uint16) + tokens.tobytes())
 
 
 def test_val_is_a_word_in_the_name_of_a_published_shard(tmp_path):
@@ -179,3 +181,85 @@ def test_a_folder_is_called_damaged_only_if_it_had_token_shards(source, tmp_path
     (made / "index.json").unlink()
     with pytest.raises(FileNotFoundError, match="index.json is missing; delete the folder"):
         read_index(made)
+
+
+def masked_build(folder, n_threads=1, chunk_of=10):
+    """A build whose documents i have i % 7 + 3 tokens, of which the first i % 3 are not trained."""
+    tokenizer = byte_tokenizer()
+
+    def chunks(state):
+        for first in range(state or 0, 400, chunk_of):
+            yield range(first, first + chunk_of), first + chunk_of
+
+    def tokenise(numbers):
+        parts = {"train": [], "val": []}
+        for i in numbers:
+            ids = np.full(i % 7 + 3, i % 256, dtype=np.uint32)
+            parts["val" if i % 10 == 0 else "train"].append((ids, np.arange(len(ids)) >= i % 3))
+        empty = (np.zeros(0, np.uint32), np.zeros(0, bool))
+        joined = {}
+        for split, pairs in parts.items():
+            ids, trained = map(np.concatenate, zip(*(pairs or [empty]), strict=True))
+            joined[split] = (ids, len(pairs), 0, trained)
+        return joined
+
+    return shard_writer.build(folder, tokenizer, chunks, tokenise, {"num_shards": 1}, n_threads)
+
+
+def test_masks_lie_beside_their_tokens_and_are_checked_like_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_writer, "SHARD_TOKENS", 500)
+    folder = masked_build(tmp_path / "a", n_threads=2)
+    index = shards.verify(folder)
+    for split in ("train", "val"):
+        part = Shards(folder, split, index)
+        numbers = [i for i in range(400) if (i % 10 == 0) == (split == "val")]
+        trained = np.concatenate([np.arange(i % 7 + 3) >= i % 3 for i in numbers])
+        ids = np.concatenate([np.full(i % 7 + 3, i % 256) for i in numbers])
+        assert np.concatenate(part.masks).tolist() == trained.astype(int).tolist()
+        assert np.concatenate(part.tokens).tolist() == ids.tolist()
+        assert [len(mask) for mask in part.masks] == [len(tokens) for tokens in part.tokens]
+    merged = shard_writer.merge([folder], tmp_path / "merged")
+    assert shards.content_hash(shards.verify(merged)) == shards.content_hash(index)
+    path = folder / "train_000001.mask"
+    data = bytearray(path.read_bytes())
+    data[7] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(OSError, match=r"train_000001\.mask: block 0 differs from index\.json"):
+        Shards(folder, "train", index).read(1, 0, 10)
+    with pytest.raises(ValueError, match=r"train_000001\.mask: damaged"):
+        shards.verify(folder)
+    path.write_bytes(data[:-1])
+    with pytest.raises(ValueError, match=r"train_000001\.mask: is missing or has not the"):
+        Shards(folder, "train", index)
+
+
+def test_a_masked_build_that_was_stopped_resumes_to_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_writer, "SHARD_TOKENS", 500)
+    straight = shards.read_index(masked_build(tmp_path / "straight"))
+    monkeypatch.setattr(shard_writer, "SAVE_EVERY", 50)
+    write, calls = shard_writer._Writer.write, []
+
+    def stops(self, *arguments):
+        calls.append(1)
+        if len(calls) in (33, 61):
+            raise KeyboardInterrupt
+        write(self, *arguments)
+
+    monkeypatch.setattr(shard_writer._Writer, "write", stops)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            masked_build(tmp_path / "stopped")
+    folder = masked_build(tmp_path / "stopped")
+    assert shards.read_index(folder) == straight
+
+
+def test_a_build_that_an_earlier_version_began_starts_again(tmp_path):
+    part = tmp_path / ".a.part"
+    part.mkdir()
+    (part / "train_000000.bin").write_bytes(b"x" * 2000)
+    shard = {"name": "train_000000.bin", "tokens": 5, "documents": 1, "bytes": 5}
+    old = {"tokenizer": byte_tokenizer().fingerprint, "state": {"examples_iterable": {}}}
+    old["shards"] = {"train": [shard], "val": []}
+    (part / "progress.json").write_text(json.dumps(old), encoding="utf-8")
+    index = shards.verify(masked_build(tmp_path / "a"))
+    assert sum(shard["documents"] for shard in index["shards"]) == 400

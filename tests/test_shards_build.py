@@ -11,7 +11,7 @@ from conftest import ROOT, one_error_line, run
 from corpus_cases import documents, hub_folder, prepare, texts_in, write_jsonl
 
 import prep_dataset
-from parts.data import corpus, shards
+from parts.data import corpus, shard_writer
 from parts.data.shards import content_hash, read_index
 from parts.data.tokenizers import byte_tokenizer, make_tokenizer
 
@@ -29,16 +29,16 @@ def test_parts_of_several_machines_merge_to_the_same(source, tmp_path, settings,
     settings = {"dataset_subset": "one", **settings}
     whole = prepare(source, tmp_path, **settings)
     parts = [prepare(source, tmp_path, num_shards=n, shard_index=i, **settings) for i in range(n)]
-    merged = shards.merge(parts, tmp_path / "merged")
+    merged = shard_writer.merge(parts, tmp_path / "merged")
     for split in ("train", "val"):
         assert sorted(texts_in(merged, split)) == sorted(texts_in(whole, split))
     for key in ("documents", "tokens", "bytes"):
         sums = [sum(s[key] for s in read_index(f)["shards"]) for f in (merged, whole)]
         assert sums[0] == sums[1]
     with pytest.raises(ValueError, match="--parts: .*give each part once"):
-        shards.merge(parts[:-1], tmp_path / "not")
+        shard_writer.merge(parts[:-1], tmp_path / "not")
     with pytest.raises(ValueError, match="merged: already exists"):
-        shards.merge(parts, tmp_path / "merged")
+        shard_writer.merge(parts, tmp_path / "merged")
 
 
 def test_merge_names_its_folder_after_the_parts_and_refuses_other_folders(source, tmp_path):
@@ -56,8 +56,8 @@ def test_merge_names_its_folder_after_the_parts_and_refuses_other_folders(source
 def test_parts_may_be_named_in_any_order(source, tmp_path):
     settings = {"dataset_subset": "one", "num_shards": 3}
     parts = [prepare(source, tmp_path, **settings, shard_index=i) for i in range(3)]
-    forwards = shards.merge(parts, tmp_path / "a")
-    backwards = shards.merge(parts[::-1], tmp_path / "b")
+    forwards = shard_writer.merge(parts, tmp_path / "a")
+    backwards = shard_writer.merge(parts[::-1], tmp_path / "b")
     assert content_hash(read_index(forwards)) == content_hash(read_index(backwards))
 
 
@@ -244,4 +244,4 @@ def test_memory_of_a_build_does_not_grow_with_the_text(tmp_path):
         env = {**os.environ, "MALLOC_ARENA_MAX": "1", "HF_HUB_OFFLINE": "1"}
         options = {"capture_output": True, "text": True, "timeout": 300, "check": True}
         peaks.append(int(subprocess.run(list(map(str, command)), env=env, **options).stdout))
-    assert peaks[1] < 1.05 * peaks[0], peaks
+    assert peaks[1] < peaks[0] + 10e6, peaks  # of 81 MB more text

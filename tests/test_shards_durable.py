@@ -7,7 +7,7 @@ import os
 import pytest
 from corpus_cases import hub_folder, prepare
 
-from parts.data import corpus, shards
+from parts.data import corpus, shard_writer, shards
 
 
 @pytest.fixture
@@ -82,8 +82,8 @@ def test_a_build_and_its_notes_are_durable_before_they_are_renamed(
     source, tmp_path, monkeypatch, disk
 ):
     monkeypatch.setattr(corpus, "CHUNK_DOCUMENTS", 8)
-    monkeypatch.setattr(shards, "SAVE_EVERY", 5000)
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 8000)
+    monkeypatch.setattr(shard_writer, "SAVE_EVERY", 5000)
+    monkeypatch.setattr(shard_writer, "SHARD_TOKENS", 8000)
     folder = prepare(source, tmp_path, dataset_subset="one")
     names = {f"train_00000{i}.bin" for i in range(4)} | {"val_000000.bin"}
     assert {p.name for p in folder.iterdir()} == names | {"index.json", "tokenizer.json"}
@@ -105,7 +105,7 @@ def test_a_merge_is_durable_before_it_is_renamed(source, tmp_path, monkeypatch, 
 
     if not hard_links:
         monkeypatch.setattr(os, "link", refuse)
-    check_finished(shards.merge(parts, tmp_path / "merged"), disk)
+    check_finished(shard_writer.merge(parts, tmp_path / "merged"), disk)
 
 
 def test_a_build_does_not_resume_from_a_shard_that_is_too_short(source, tmp_path, monkeypatch):
@@ -139,7 +139,7 @@ def test_a_build_stopped_between_train_and_val_of_a_chunk_repeats_nothing(
 ):
     straight = prepare(source, tmp_path, dataset_subset="one", cache_dir=str(tmp_path / "straight"))
     monkeypatch.setattr(corpus, "CHUNK_DOCUMENTS", 8)
-    write, calls = shards._Writer.write, []
+    write, calls = shard_writer._Writer.write, []
 
     def stops_before_val(self, *counted):
         calls.append(self.split)
@@ -147,11 +147,11 @@ def test_a_build_stopped_between_train_and_val_of_a_chunk_repeats_nothing(
             raise KeyboardInterrupt
         write(self, *counted)
 
-    monkeypatch.setattr(shards._Writer, "write", stops_before_val)
-    monkeypatch.setattr(shards, "SAVE_EVERY", 5000)
+    monkeypatch.setattr(shard_writer._Writer, "write", stops_before_val)
+    monkeypatch.setattr(shard_writer, "SAVE_EVERY", 5000)
     with pytest.raises(KeyboardInterrupt):
         prepare(source, tmp_path, dataset_subset="one")
-    monkeypatch.setattr(shards._Writer, "write", write)
+    monkeypatch.setattr(shard_writer._Writer, "write", write)
     folder = prepare(source, tmp_path, dataset_subset="one")
     index = shards.read_index(folder)
     assert shards.content_hash(index) == shards.content_hash(shards.read_index(straight))
