@@ -15,6 +15,8 @@ class FakeShards:
 
     folder = "fake"
 
+    masks = ()
+
     def __init__(self, *lengths):
         starts = np.cumsum([0, *lengths])
         self.tokens = [np.arange(a, b) for a, b in zip(starts, starts[1:], strict=False)]

@@ -263,3 +263,26 @@ def test_a_build_that_an_earlier_version_began_starts_again(tmp_path):
     (part / "progress.json").write_text(json.dumps(old), encoding="utf-8")
     index = shards.verify(masked_build(tmp_path / "a"))
     assert sum(shard["documents"] for shard in index["shards"]) == 400
+
+
+def test_a_token_that_the_mask_leaves_out_is_no_target(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_writer, "SHARD_TOKENS", 500)
+    folder = masked_build(tmp_path / "a")
+    index = read_index(folder)
+    part = Shards(folder, "train", index)
+    T, batches = 8, TrainBatches(part, 8, 1, 257)
+    plain = TrainBatches(part, 8, 1, 257)
+    plain.mask_views = []
+    seen = []
+    for first in range(0, batches.n_rows - 3, 3):
+        batch, without = batches.batch(first, 3), plain.batch(first, 3)
+        assert (batch["inputs"] == without["inputs"]).all()
+        is_target = batch["targets"] != -100
+        assert (batch["targets"][is_target] == without["targets"][is_target]).all()
+        seen.append(int(is_target.sum()))
+    assert 0 < sum(seen) < len(seen) * 3 * T
+    for split in ("train", "val"):
+        part = Shards(folder, split, index)
+        targets = sum(int((b["targets"] != -100).sum()) for b in val_batches(part, T, 4, 257))
+        # the first token of each file is no target either way
+        assert targets == sum(int(mask[1:].sum()) for mask in part.masks)

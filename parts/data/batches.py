@@ -148,8 +148,9 @@ class TrainBatches(RowBatches):
     """
     Rows of token shards: micro-batches {"inputs", "targets"}, each (B, T) int64.
 
-    shards: a Shards of training text. Every window of T tokens occurs once in every epoch. Raises
-    ValueError if the text is shorter than one row, or has ids that are not in the vocabulary.
+    shards: a Shards of training text. Every window of T tokens occurs once in every epoch; where a
+    mask says that a token is no target, the target is -100. Raises ValueError if the text is
+    shorter than one row, or has ids that are not in the vocabulary.
     """
 
     def __init__(self, shards, T: int, seed: int, vocab_size: int):
@@ -160,9 +161,12 @@ class TrainBatches(RowBatches):
         # each file as (windows, T + 1); a row begins with the last token of the one before it.
         # Nothing is copied.
         counts = np.diff(self.ends, prepend=0)
-        self.views = [
-            np.ndarray((n, T + 1), t.dtype, t, strides=(T * t.itemsize, t.itemsize))
-            for n, t in zip(counts, shards.tokens, strict=True)
+        self.views, self.mask_views = [
+            [
+                np.ndarray((n, T + 1), a.dtype, a, strides=(T * a.itemsize, a.itemsize))
+                for n, a in zip(counts, arrays, strict=bool(arrays))
+            ]
+            for arrays in (shards.tokens, shards.masks)
         ]
 
     def batch(self, first: int, n: int) -> dict:
@@ -172,24 +176,33 @@ class TrainBatches(RowBatches):
                 f"{self.shards.folder}: {len(self.shards):,} training tokens are less than one row "
                 f"of {self.T}; give more text, or a smaller --context_length"
             )
-        return _batch(self.rows(first, n), self.vocab_size, self.shards.folder)
+        windows = self.row_numbers(first, n)
+        batch = _batch(self._rows(windows, self.views), self.vocab_size, self.shards.folder)
+        if self.mask_views:
+            is_target = torch.from_numpy(self._rows(windows, self.mask_views)[:, 1:] != 0)
+            batch["targets"] = batch["targets"].where(is_target, -100)
+        return batch
 
     def rows(self, first: int, n: int) -> np.ndarray:
         """Global rows first .. first + n - 1: (n, T + 1) int64. Raises OSError."""
-        windows = self.row_numbers(first, n)
-        if len(self.views) == 1:
-            return self._read(0, windows)
+        return self._rows(self.row_numbers(first, n), self.views)
+
+    def _rows(self, windows: np.ndarray, views: list) -> np.ndarray:
+        """Windows (n,) of tokens or masks: (n, T + 1) int64. Raises OSError."""
+        n = len(windows)
+        if len(views) == 1:
+            return self._read(0, windows, views)
         files = np.searchsorted(self.ends, windows, side="right")
         out = np.empty((n, self.T + 1), dtype=np.int64)
         for file in set(files.tolist()):
             rows = files == file
             first_window = int(self.ends[file - 1]) if file else 0
-            out[rows] = self._read(file, windows[rows] - first_window)
+            out[rows] = self._read(file, windows[rows] - first_window, views)
         return out
 
-    def _read(self, file: int, numbers: np.ndarray) -> np.ndarray:
+    def _read(self, file: int, numbers: np.ndarray, views: list) -> np.ndarray:
         self.shards.check(file, (numbers * self.T).tolist(), self.T + 1)
-        return self.views[file][numbers].astype(np.int64)
+        return views[file][numbers].astype(np.int64)
 
 
 def val_batches(shards, T: int, batch_size: int, vocab_size: int, max_tokens: int | None = None):
@@ -200,7 +213,7 @@ def val_batches(shards, T: int, batch_size: int, vocab_size: int, max_tokens: in
     shape, so that a compiled model is not compiled anew. max_tokens ends it after that many
     targets, always the same ones.
     """
-    rows = []
+    rows, is_target = [], []
     left = max_tokens if max_tokens is not None else len(shards)
     for shard, tokens in enumerate(shards.tokens):
         for start in range(0, len(tokens) - 1, T):
@@ -209,13 +222,18 @@ def val_batches(shards, T: int, batch_size: int, vocab_size: int, max_tokens: in
                 row = np.full(T + 1, -1, dtype=np.int64)
                 row[: n + 1] = shards.read(shard, start, start + n + 1)
                 rows.append(row)
+                is_target.append(row >= 0)
+                if shards.masks:
+                    is_target[-1][: n + 1] = shards.masks[shard][start : start + n + 1] != 0
                 left -= n
             if len(rows) == batch_size:
-                yield _ragged_batch(rows, vocab_size, shards.folder)
-                rows = []
+                yield _ragged_batch(rows, is_target, vocab_size, shards.folder)
+                rows, is_target = [], []
     if rows:
-        rows += [np.full(T + 1, -1, dtype=np.int64)] * (batch_size - len(rows))
-        yield _ragged_batch(rows, vocab_size, shards.folder)
+        n_missing = batch_size - len(rows)
+        rows += [np.full(T + 1, -1, dtype=np.int64)] * n_missing
+        is_target += [np.zeros(T + 1, dtype=bool)] * n_missing
+        yield _ragged_batch(rows, is_target, vocab_size, shards.folder)
 
 
 def _batch(rows: np.ndarray, vocab_size: int, source) -> dict:
@@ -229,11 +247,11 @@ def _batch(rows: np.ndarray, vocab_size: int, source) -> dict:
     return {"inputs": torch.from_numpy(rows[:, :-1]), "targets": torch.from_numpy(rows[:, 1:])}
 
 
-def _ragged_batch(rows: list[np.ndarray], vocab_size: int, source) -> dict:
-    """The same of rows that end with -1."""
+def _ragged_batch(rows: list, is_target: list, vocab_size: int, source) -> dict:
+    """The same of rows (T + 1,) that end with -1; is_target (T + 1,) bool each."""
     batch = _batch(np.stack(rows), vocab_size, source)
-    targets = batch["targets"]
-    return {"inputs": batch["inputs"].clamp(min=0), "targets": targets.where(targets >= 0, -100)}
+    targets = batch["targets"].where(torch.from_numpy(np.stack(is_target)[:, 1:]), -100)
+    return {"inputs": batch["inputs"].clamp(min=0), "targets": targets}
 
 
 class BatchError(ValueError):
