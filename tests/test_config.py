@@ -303,3 +303,29 @@ def test_another_name_that_cannot_be_one_is_a_bug(other_names):
 
     with pytest.raises(AssertionError, match="other name"):
         parse(Wrong, [])
+
+
+@dataclasses.dataclass
+class Sectioned(Base):
+    """Settings with a section."""
+
+    SECTIONS: ClassVar[tuple] = ("model",)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model:\n  batch_sise: 7\n", "'batch_sise': no such setting; did you mean batch_size?"),
+        ("batch_size: 5\nmodel:\n  batch_size: 7\n", "are the same setting"),
+        ("modl:\n  batch_size: 7\n", "'modl': no such setting"),
+        ("model: 7\n", "'model': no such setting"),
+    ],
+)
+def test_a_section_of_the_file_counts_as_its_lines(tmp_path, capsys, text, said):
+    path = tmp_path / "a.yaml"
+    path.write_text("model:\n  batch_size: 7\n  learning_rate: 1e-2\n", encoding="utf-8")
+    assert from_yaml(Sectioned, str(path)) == Sectioned(str(path), 1e-2, 7)
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(SystemExit):
+        from_yaml(Sectioned, str(path))
+    assert said in capsys.readouterr().err

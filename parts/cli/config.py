@@ -8,6 +8,10 @@ Every problem is reported in one line.
 A setting may have other names, given by a class variable; --help shows only the field's own:
 
     OTHER_NAMES: ClassVar[dict[str, str]] = {"learning_rate": "max_lr"}
+
+Another class variable names mappings of the YAML file whose lines count as its own:
+
+    SECTIONS: ClassVar[tuple] = ("model",)
 """
 
 from __future__ import annotations
@@ -159,14 +163,15 @@ def from_yaml(config_class, path: str):
     """
     Return the dataclass filled from a YAML file of `field: value` lines.
 
-    Names in OTHER_NAMES are accepted. Prints every problem and exits with 2 if there is one.
+    Names in OTHER_NAMES are accepted, and mappings named in SECTIONS. Prints every problem and
+    exits with 2 if there is one.
     """
     types = _types([config_class])
     others = _other_names([config_class])
     names = {}  # field -> its name in the file
     values = {}
     problems = []
-    for name, value in _read_yaml(path).items():
+    for name, value in _without_sections(_read_yaml(path), config_class):
         own = others.get(name, name)
         if own not in types or own == "config":
             nearest = name_here(str(name), types) or _nearest(str(name), sorted({*types, *others}))
@@ -182,6 +187,15 @@ def from_yaml(config_class, path: str):
     if problems:
         _refuse(problems)
     return dataclasses.replace(config_class(), config=path, **values)
+
+
+def _without_sections(lines: dict, config_class):
+    """Yield (name, value) of the lines of a file, and of its sections."""
+    for name, value in lines.items():
+        if name in getattr(config_class, "SECTIONS", ()) and isinstance(value, dict):
+            yield from value.items()
+        else:
+            yield name, value
 
 
 def _read_yaml(path: str) -> dict:
