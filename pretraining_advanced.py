@@ -73,7 +73,7 @@ from parts.training.outputs import Outputs
 from parts.training.plan import Setting, flops_per_token, plan_lines, seconds_of
 from parts.training.progress import Progress, Requests
 from parts.training.ranks import Ranks
-from parts.training.resume import is_inside, last_good, open_run, restore, save, unique_weights
+from parts.training.resume import Saves, is_inside, last_good, open_run, restore, unique_weights
 from parts.training.run_settings import check_settings, divide_rows, resolve_length
 from prep_dataset import TokenizeConfig, prepare_tokens
 
@@ -89,9 +89,10 @@ class RunConfig:
     MAY_CHANGE: ClassVar[tuple] = tuple(
         """
         config batch_size grad_accum_steps n_epochs eval_freq print_sample_iter save_ckpt_freq
-        save_ckpt_minutes keep_last max_minutes patience max_bad_steps resume allow_change device
-        parallel reshard replicate compile activation_checkpointing cpu_offload deterministic plan
-        plan_memory_gb run_name output_dir log_exact use_wandb wandb_project tensorboard debug
+        save_ckpt_minutes save_retry_minutes max_unsaved_minutes keep_last max_minutes patience
+        max_bad_steps resume allow_change device parallel reshard replicate compile
+        activation_checkpointing cpu_offload deterministic plan plan_memory_gb run_name output_dir
+        log_exact use_wandb wandb_project tensorboard debug
         """.split()
     )
     IN_DATA: ClassVar[tuple] = ()  # settings that are compared by the data they lead to
@@ -124,6 +125,8 @@ class RunConfig:
     max_minutes: float | None = None  # stop after so many minutes, save and exit with 75
     patience: int | None = None  # stop after so many evaluations without a lower validation loss
     # when something breaks
+    save_retry_minutes: float = 10.0  # minutes to wait at the end for a disk that is full
+    max_unsaved_minutes: float = 120.0  # minutes without a save on a full disk, then stop; 0: never
     max_bad_steps: int = 20  # skipped steps in a row after which the run rolls back to a checkpoint
     spike_zscore: float = 0.0  # skip a loss this many standard deviations too high; 0: do not
     spike_window: int = 128  # losses that the standard deviation is taken from
@@ -482,7 +485,7 @@ def train(job: Job, config: RunConfig, engine: Engine) -> int:
     master = ranks.rank == 0
     with contextlib.ExitStack() as stack:
         # Set up: claim the run folder, read the checkpoint, move everything to its device.
-        requests = Requests(ranks, config.max_minutes, config.save_ckpt_minutes)
+        requests = Requests(ranks, config.max_minutes)
         stack.enter_context(requests)
         state, tensors = open_run(job, config, ranks, stack)
         rows_per_step, accum = divide_rows(job, config, state, ranks)
@@ -501,8 +504,8 @@ def train(job: Job, config: RunConfig, engine: Engine) -> int:
         peak = peak_flops(ranks.device, engine.dtype)
         speed = Speed(job.flops_per_token, peak, ranks.world)
         bar = stack.enter_context(progress_bar(config, progress.step, master))
-        saved, plotted_at = progress.step, time.monotonic()
-        save_failed, rolled_back_to = False, None
+        saves = Saves(job, config, engine, outputs, progress)
+        plotted_at, rolled_back_to = time.monotonic(), None
         if progress.step == config.max_steps:
             ranks.say(f"{run_dir}: already finished at step {progress.step}")
 
@@ -524,19 +527,10 @@ def train(job: Job, config: RunConfig, engine: Engine) -> int:
                 sample(job, engine, outputs, step, requests)  # ranks exchange
             if not requests.unreadable:
                 outputs.write(record)
-            due = requests.save or step % config.save_ckpt_freq == 0
+            due = saves.due or step % config.save_ckpt_freq == 0
             due = last or requests.stop or (due and not guard.bad)
-            if step and (due or saved == step):
-                progress.consider_best(record)
-            if due and saved != step:
-                outputs.flush()
-                extra = {"wandb_id": outputs.wandb_id}
-                at_once = last or requests.stop
-                save_failed = not save(
-                    job, config, engine, outputs.writer, progress, guard, extra, at_once
-                )  # ranks gather shards
-                saved = step
-                requests.note_saved()
+            if step and (due or saves.step == step):
+                saves.save_step(progress, guard, record, requests, last)  # ranks gather shards
             if last or requests.stop or time.monotonic() - plotted_at > 600:
                 outputs.flush()
                 if master:
@@ -555,9 +549,10 @@ def train(job: Job, config: RunConfig, engine: Engine) -> int:
             if config.use_wandb and (step + 1) % config.eval_freq == 0:
                 outputs.histograms(step + 1)
             # The one exchange of a step besides gradients: loss, requests, size of micro-batches.
-            mine = {"loss": engine.read(total), "split": progress.split, **requests.pending()}
-            everyone = ranks.gather(mine)
+            mine = {"loss": engine.read(total), "split": progress.split}
+            everyone = ranks.gather(mine | requests.pending() | saves.pending())
             requests.agree(everyone)
+            saves.agree(everyone, requests)
             progress.split = int(max(rank["split"] for rank in everyone))
             loss = sum(rank["loss"] for rank in everyone) / n_targets
             bad = guard.objection(loss)
@@ -586,13 +581,14 @@ def train(job: Job, config: RunConfig, engine: Engine) -> int:
                 progress, record = roll_back(
                     job, config, engine, guard, outputs, progress, rolled_back_to
                 )
-                saved = rolled_back_to = progress.step
+                rolled_back_to = progress.step
+                saves = Saves(job, config, engine, outputs, progress)
                 steps = stack.enter_context(Prefetch(job.train_batches, ranks.device))
                 bar.n = progress.step
             bar.set_postfix_str(speed_line(loss, figures), refresh=False)
             bar.update()
 
-        if save_failed:
+        if saves.failed:
             raise OSError(f"{run_dir}: the last step could not be saved, see the warning above")
         if requests.unreadable:
             raise RuntimeError(requests.unreadable)

@@ -275,7 +275,7 @@ ROWS = [
     (
         "            if step % config.save_ckpt_freq == 0 or last:",
         "time to save?",
-        (ADVANCED, "            due = requests.save or"),
+        (ADVANCED, "            due = saves.due or"),
         "also every few minutes; never during bad steps; the best checkpoint is kept",
         "",
     ),

@@ -1,6 +1,7 @@
 """What a run reports is true or not reported; no kill between two writes loses a line."""
 
 import errno
+import itertools
 import json
 import os
 
@@ -81,6 +82,31 @@ def test_a_full_disk_when_a_run_resumes_names_the_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"metrics\.jsonl"):
         Journal(tmp_path, 2)
     assert lines(tmp_path) == records
+
+
+def test_a_full_disk_is_told_once_a_minute_and_no_record_is_lost(tmp_path, monkeypatch, capsys):
+    """A step a second for three minutes, the first two of them on a full disk."""
+    clock = itertools.count(1000.0)
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock) / 3)
+    written_at = []
+    append_lines, full = metrics.append_lines, True
+
+    def append(path, lines):
+        written_at.append(lines[-1]["step"] if lines else None)
+        if full and lines:
+            print("warning: full")
+        else:
+            append_lines(path, lines)
+
+    monkeypatch.setattr(metrics, "append_lines", append)
+    journal = Journal(tmp_path, 0)
+    for step in range(540):
+        full = step < 360
+        journal.write({"step": step})
+    journal.close()
+    assert [r["step"] for r in lines(tmp_path)] == list(range(540))
+    assert 2 <= capsys.readouterr().out.count("warning: full") <= 7
+    assert len(written_at) > 40, "once the disk has space, every second or so again"
 
 
 def refuse(*_):

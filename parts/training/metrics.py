@@ -52,6 +52,8 @@ PEAK_FLOPS = {
 }
 # Words of another device: a variant of the chip, or a part of it (MIG, a vGPU such as 24Q).
 OTHER_DEVICE = re.compile(r"Laptop|Mobile|Max|D|Ti|SUPER|MIG|\d+[ABCQ]")
+FLUSH_S = 1.0  # between two writes of metrics.jsonl
+FLUSH_AGAIN_S = 60.0  # the same after one that the disk refused, each of which prints a warning
 STEPS_OF_SPEED = 50  # the speed is the mean over so many steps
 HISTOGRAM_BINS = 64
 WANDB_QUEUE = 10_000  # records
@@ -137,7 +139,7 @@ class Journal:
     def __init__(self, run_dir, step: int, tensorboard: bool = False, wandb: dict | None = None):
         self.path = Path(run_dir) / "metrics.jsonl"
         self.lines = []  # not written yet
-        self.flushed = time.monotonic()
+        self.flushed, self.interval_s = time.monotonic(), FLUSH_S
         self.rewind(step)
         self.board = _tensorboard(Path(run_dir) / "tensorboard", step) if tensorboard else None
         self.wandb = Wandb(**wandb) if wandb else None
@@ -196,7 +198,7 @@ class Journal:
                 self.board.add_scalar(name, value, record["step"])
         if self.wandb:
             self.wandb.put((record["step"], numbers))
-        if time.monotonic() - self.flushed > 1:
+        if time.monotonic() - self.flushed > self.interval_s:
             self.flush()
 
     def histograms(self, step: int, model) -> None:
@@ -214,6 +216,7 @@ class Journal:
         if self.board:
             self.board.flush()
         self.flushed = time.monotonic()
+        self.interval_s = FLUSH_AGAIN_S if self.lines else FLUSH_S
 
     def close(self) -> None:
         """Flush, and end the mirrors; waits half a minute for wandb at most."""

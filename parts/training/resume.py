@@ -10,16 +10,20 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import time
 from dataclasses import asdict
 from pathlib import Path
 
+from parts.cli.launch import StopRequest
 from parts.storage import checkpoint, run_folder
 from parts.storage.checkpoint import OPTIMIZER_FILE
 from parts.storage.writer import enough_memory, offloaded_bytes
 from parts.training.guard import Guard
 from parts.training.optim import predicted_state_bytes
-from parts.training.progress import Progress
+from parts.training.progress import Progress, Requests
 
+RETRY_S = 60.0  # between two attempts to save while the disk refuses
+POLL_S = 1.0  # between two looks at the clock and the signals in the wait at the end
 # what earlier versions wrote in place of the family
 SCRIPTS = {"pretraining_advanced.py": "gpt"}
 
@@ -71,6 +75,109 @@ def save(job, config, engine, writer, progress: Progress, guard: Guard, extra: d
         job.checkpoint_name,
         at_once=at_once,
     )
+
+
+class Saves:
+    """
+    The checkpoints of this attempt. All ranks make one and call the same methods.
+
+    step: of the newest one that is written, or is being written; due: the next one is due by the
+    clock; failed: the last one of all could not be written. A save that the disk refuses is tried
+    again every minute with the newest state, the last one for --save_retry_minutes; a run that
+    cannot save for --max_unsaved_minutes is stopped.
+    """
+
+    def __init__(self, job, config, engine, outputs, progress: Progress):
+        self.job, self.config, self.engine, self.outputs = job, config, engine, outputs
+        self.ranks, self.writer = engine.ranks, outputs.writer
+        self.step = progress.step
+        self.best = progress.best  # as the newest checkpoint has it
+        self.due = self.failed = self.gave_up = False
+        self.tried = time.monotonic()
+
+    def pending(self) -> dict[str, float]:
+        """{"save", "give_up"} by the clock and the disk of rank 0, for the exchange of the step."""
+        if self.ranks.rank != 0:
+            return {"save": False, "give_up": False}
+        config, now = self.config, time.monotonic()
+        save = now - self.tried > 60 * config.save_ckpt_minutes
+        since, give_up = self.writer.failing_since, False
+        if since is not None and not self.writer.busy:
+            save = save or (config.save_retry_minutes and now - self.tried > RETRY_S)
+            limit_s = 60 * config.max_unsaved_minutes
+            give_up = limit_s > 0 and now - since > limit_s
+        return {"save": bool(save), "give_up": give_up}
+
+    def agree(self, everyone: list[dict], requests: Requests) -> None:
+        """Take over what rank 0 asks for; `everyone` is `pending` of all ranks, gathered."""
+        self.due = any(rank["save"] for rank in everyone)
+        if any(rank["give_up"] for rank in everyone):
+            self.gave_up = requests.stop = True
+            minutes = self.config.max_unsaved_minutes
+            self.ranks.say(f"nothing could be saved for {minutes:g} minutes: the run stops")
+
+    def save_step(
+        self, progress: Progress, guard: Guard, record: dict, requests: Requests, last: bool
+    ):
+        """
+        Write a checkpoint of this step unless there is one; consider it for the best, by `record`.
+
+        If it is the last of this attempt (`last`, or a stop is requested), it is on the disk
+        afterwards, or `failed` is true. Ranks exchange.
+        """
+        at_once = last or requests.stop
+        if at_once or self.step != progress.step:
+            self._settle(progress)
+        progress.consider_best(record)
+        if self.step == progress.step:
+            return
+        self.step = progress.step
+        failed = self._attempt(progress, guard, at_once)
+        if not at_once:
+            return  # pending() sees whether it could be written
+        self.failed = self.ranks.any(failed)
+        if self.failed and self.config.save_retry_minutes and not self.gave_up:
+            self._keep_trying(progress, guard)
+
+    def _attempt(self, progress: Progress, guard: Guard, at_once: bool) -> bool:
+        """Whether a save failed. All ranks gather the tensors."""
+        self.outputs.flush()
+        extra = {"wandb_id": self.outputs.wandb_id}
+        self.tried, self.due = time.monotonic(), False
+        job, config, engine = self.job, self.config, self.engine
+        return not save(job, config, engine, self.writer, progress, guard, extra, at_once)
+
+    def _settle(self, progress: Progress) -> None:
+        """Wait for a checkpoint that is being written, and forget it if the disk refused it."""
+        self.writer.wait()
+        if self.ranks.any(self.writer.failing_since is not None):
+            self.step, progress.best = None, self.best
+        else:
+            self.best = progress.best
+
+    def _keep_trying(self, progress: Progress, guard: Guard) -> None:
+        """Repeat the last save until it succeeds, the time is over or a signal arrives."""
+        minutes, master = self.config.save_retry_minutes, self.ranks.rank == 0
+        ends = time.monotonic() + 60 * minutes
+        self.ranks.say(
+            f"waiting for space in {self.config.output_dir}: the last step is saved as soon as "
+            f"possible, in the next {minutes:g} minutes; Ctrl-C or SIGTERM ends the wait"
+        )
+        time.sleep(POLL_S)  # in which a signal is still the one that stopped the run, passed on
+        with StopRequest() as enough:
+            while self.failed:
+                time.sleep(POLL_S)
+                now = time.monotonic()
+                over = master and now > ends
+                retry = over or (master and now - self.tried > RETRY_S)
+                mine = {"over": over, "retry": retry, "enough": bool(enough)}
+                everyone = self.ranks.gather(mine)
+                if any(rank["enough"] for rank in everyone):
+                    return
+                if everyone[0]["retry"]:
+                    self.failed = self.ranks.any(self._attempt(progress, guard, at_once=True))
+                if everyone[0]["over"]:
+                    return
 
 
 # --------------------------------------------------------------------------------- resuming

@@ -17,7 +17,9 @@ from parts.storage.run_folder import clear_leftovers
 MAY_BE_ZERO = (
     "dropout",
     "max_grad_norm",
+    "max_unsaved_minutes",
     "min_lr",
+    "save_retry_minutes",
     "seed",
     "spike_zscore",
     "warmup_ratio",
