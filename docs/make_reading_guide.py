@@ -289,7 +289,7 @@ ROWS = [
     (
         "        # The end: the curve",
         "the end",
-        (ADVANCED, "        if save_failed:\n"),
+        (ADVANCED, "        if saves.failed:\n"),
         "one exit code each for finished, failed, bad input and stopped",
         "",
     ),

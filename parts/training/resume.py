@@ -118,7 +118,7 @@ class Saves:
 
     def save_step(
         self, progress: Progress, guard: Guard, record: dict, requests: Requests, last: bool
-    ):
+    ) -> None:
         """
         Write a checkpoint of this step unless there is one; consider it for the best, by `record`.
 
