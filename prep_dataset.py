@@ -46,7 +46,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from parts.base.files import add_file_name, make_folder, rename_durably
+from parts.base.files import add_file_name, check_writable, make_folder, rename_durably
 from parts.base.text import EOT
 from parts.cli.config import parse
 from parts.cli.launch import error_line, run_script
@@ -521,6 +521,7 @@ def prepare_tokens(config: TokenizeConfig, build: bool = True) -> Path:
     target, facts = _token_folder(config, tokenizer_key)
     if target.exists() or not build:
         return target
+    check_writable(target.parent, "--cache_dir")
     tokenizer = _tokenizer_of(spec, config)
     source = _corpus_of(config, num_shards=config.num_shards, shard_index=config.shard_index)
     started, counts = time.monotonic(), Counter()

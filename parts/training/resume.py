@@ -183,12 +183,12 @@ class Saves:
 # --------------------------------------------------------------------------------- resuming
 
 
-def open_run(job, config, ranks, stack) -> tuple[dict, dict | None]:
+def open_run(job, config, ranks, begin_afresh) -> tuple[dict, dict | None]:
     """
     (state, tensors) of the checkpoint to resume, ({}, {}) to begin; other ranks get no tensors.
 
-    The run folder is claimed until `stack` closes. Raises ValueError if there is too little memory
-    or disk, the folder cannot be had, or the checkpoint does not fit. Ranks exchange.
+    begin_afresh: as check_start returned it. Raises ValueError if there is too little memory or
+    disk, or the checkpoint does not fit. Ranks exchange.
     """
     run_dir, afresh = Path(config.output_dir), config.resume == "never"
     state = tensors = None
@@ -202,7 +202,8 @@ def open_run(job, config, ranks, stack) -> tuple[dict, dict | None]:
         if ranks.rank == 0:
             n_bytes = checkpoint_bytes(job, config)
             run_folder.enough_disk(run_dir, n_bytes, config.keep_last, afresh)
-            stack.enter_context(run_folder.claimed(run_dir, afresh))
+            if afresh:
+                begin_afresh()
             state = tensors = {}
             if found := find_checkpoint(config, run_dir, job.checkpoint_name):
                 state, tensors = read_checkpoint(found, job)
@@ -219,14 +220,9 @@ def find_checkpoint(config, run_dir: Path, name: str) -> Path | None:
     own = None
     if checkpoint.list_checkpoints(run_dir, name):
         own = checkpoint.newest_checkpoint(run_dir, name)
-    if config.resume in ("auto", "never"):
+    path = path_to_resume(config)
+    if path is None:
         return own
-    path = Path(config.resume)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"--resume: {path} does not exist; give a run folder or a checkpoint folder, "
-            "or leave it out"
-        )
     wanted = checkpoint.newest_checkpoint(path)
     if own and own.resolve() != wanted.resolve():  # so that the same command resumes after a stop
         print(
@@ -237,14 +233,25 @@ def find_checkpoint(config, run_dir: Path, name: str) -> Path | None:
     return own or wanted
 
 
-def read_checkpoint(folder: Path, job) -> tuple[dict, dict]:
-    """
-    (state, tensors of model and optimizer) of a verified checkpoint of the same job.
+def path_to_resume(config) -> Path | None:
+    """The path that --resume names; None for auto and never. Raises FileNotFoundError."""
+    if config.resume in ("auto", "never"):
+        return None
+    path = Path(config.resume)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"--resume: {path} does not exist; give a run folder or a checkpoint folder, "
+            "or leave it out"
+        )
+    return path
 
-    Raises ValueError if it is of another family, model, tokenizer or row length, or if a weight is
-    missing, unknown or of another shape.
+
+def check_state(folder: Path, state: dict, job) -> None:
     """
-    weights, state = checkpoint.load_checkpoint(folder)
+    Raises ValueError if the state of a checkpoint is of another family, model or tokenizer.
+
+    The vocabulary of a draft (see start.py) whose tokenizer is not known is not compared.
+    """
     family = state.get("family") or SCRIPTS.get(state.get("script"))
     if family is None:
         raise ValueError(
@@ -267,18 +274,30 @@ def read_checkpoint(folder: Path, job) -> tuple[dict, dict]:
         )
     now, then = job.facts["model_config"], state["model_config"]
     # an older version knew fewer settings; the shapes of the weights are compared below
-    names = sorted({*then} - {"dropout"})
+    tokenizer = job.facts["tokenizer"]
+    names = sorted({*then} - ({"dropout"} if tokenizer else {"dropout", "vocab_size"}))
     differs = [f"{n} {then[n]} then, {now.get(n)} now" for n in names if then[n] != now.get(n)]
     if differs:
         raise ValueError(
             f"{folder}: is of another model ({'; '.join(differs)}); "
             "give the same model flags, or another --run_name"
         )
-    if state["tokenizer"] != job.facts["tokenizer"]:
+    if tokenizer and state["tokenizer"] != tokenizer:
         raise ValueError(
             f"{folder}: was trained with another --tokenizer, whose ids mean other text; "
             "give the same one, or another --run_name"
         )
+
+
+def read_checkpoint(folder: Path, job) -> tuple[dict, dict]:
+    """
+    (state, tensors of model and optimizer) of a verified checkpoint of the same job.
+
+    Raises ValueError if it is of another family, model, tokenizer or row length, or if a weight is
+    missing, unknown or of another shape.
+    """
+    weights, state = checkpoint.load_checkpoint(folder)
+    check_state(folder, state, job)
     own = job.weights(job.model)
     check_names(folder / job.weights_file, set(weights), set(own), "model")
     for name, tensor in weights.items():
