@@ -110,6 +110,7 @@ FULL = {
         "test_ctrl_c_at_any_time_leaves_no_traceback_and_nothing_half_written",
         "test_a_console_without_unicode_does_not_stop_the_run",
     ),
+    "test_start.py": ("test_all_ranks_refuse_before_any_text_is_read",),
     "test_warm.py": (),
     "test_wt_load.py": (
         "test_transformers_to_here_and_back_is_the_same_to_the_bit",

@@ -320,10 +320,7 @@ def train_bpe(texts, vocab_size: int = DEFAULT_BPE_SIZE) -> Tokenizer:
     The same texts give the same tokenizer; a short text gives fewer ids. Raises ValueError for a
     size that is out of range.
     """
-    if not 257 <= vocab_size <= MAX_VOCAB_SIZE:
-        what = f"bpe:{vocab_size} is out of range"
-        limits = f"256 bytes and end-of-text need 257, the most is {MAX_VOCAB_SIZE}"
-        raise ValueError(f"--tokenizer: {what}; {limits}")
+    _check_bpe_size(vocab_size)
     import tokenizers  # imported here: only a run that trains a vocabulary needs it
 
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -338,6 +335,14 @@ def train_bpe(texts, vocab_size: int = DEFAULT_BPE_SIZE) -> Tokenizer:
     vocab = model.get_vocab(with_added_tokens=False)
     ranks = {_from_printable(token): i for token, i in vocab.items()}
     return Tokenizer(f"bpe:{len(ranks) + 1}", ranks, {EOT: len(ranks)})
+
+
+def _check_bpe_size(vocab_size: int) -> None:
+    """Raises ValueError for a size that no BPE of bytes can have."""
+    if not 257 <= vocab_size <= MAX_VOCAB_SIZE:
+        what = f"bpe:{vocab_size} is out of range"
+        limits = f"256 bytes and end-of-text need 257, the most is {MAX_VOCAB_SIZE}"
+        raise ValueError(f"--tokenizer: {what}; {limits}")
 
 
 def gpt2_tokenizer(timeout_s: float = 10.0) -> Tokenizer:
@@ -434,13 +439,18 @@ def content_key(spec: str) -> str:
 
 
 def vocabulary_of(spec: str, on_gpu: bool = True) -> int:
-    """Number of ids that `--tokenizer SPEC` will give; a BPE of a short text gets fewer."""
+    """
+    Number of ids that `--tokenizer SPEC` will give; a BPE of a short text gets fewer.
+
+    Raises ValueError or FileNotFoundError for an unknown spec.
+    """
     kind, _, size = spec.partition(":")
     if spec == "auto":
         kind = "gpt2" if on_gpu else "bpe"
     if spec == "bytes":
         return byte_tokenizer().vocab_size
     if kind == "bpe" and (not size or size.isdecimal()):
+        _check_bpe_size(int(size or DEFAULT_BPE_SIZE))
         return int(size or DEFAULT_BPE_SIZE)
     return 50257 if kind == "gpt2" else Tokenizer.load(spec).vocab_size
 
