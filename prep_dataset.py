@@ -46,7 +46,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from parts.base.files import add_file_name, make_folder, rename_durably
+from parts.base.files import add_file_name, check_writable, make_folder, rename_durably
 from parts.base.text import EOT
 from parts.cli.config import parse
 from parts.cli.launch import error_line, print_notes, run_script
@@ -510,6 +510,7 @@ def prepare_tokens(config: TokenizeConfig, build: bool = True) -> Path:
     print_notes(corpus.notes_of(name, config.dataset_subset))
     if target.exists() or not build:
         return target
+    check_writable(target.parent, "--cache_dir")
     tokenizer = _tokenizer_of(spec, config)
     val_share, passage = corpus.divide(_rows(_corpus_of(config)), config.val_share)
     source = _corpus_of(config, num_shards=config.num_shards, shard_index=config.shard_index)

@@ -52,9 +52,9 @@ from parts.cli.config import parse
 from parts.cli.launch import error_line, run_script
 from parts.data.batches import Prefetch, RowBatches, TrainBatches, cut, stir, val_batches
 from parts.data.shards import Shards, content_hash, read_index
-from parts.data.tokenizers import Tokenizer, byte_tokenizer, gpt2_tokenizer, vocabulary_of
+from parts.data.tokenizers import Tokenizer, byte_tokenizer, vocabulary_of
 from parts.model.cpu_products import attends_in_products
-from parts.model.families import FAMILIES, config_of, shape_of_size, shape_to_continue
+from parts.model.families import FAMILIES, shell
 from parts.model.losses import compile_softmax
 from parts.storage import checkpoint
 from parts.training.contract import check_job
@@ -73,8 +73,16 @@ from parts.training.outputs import Outputs
 from parts.training.plan import Setting, flops_per_token, plan_lines, seconds_of
 from parts.training.progress import Progress, Requests
 from parts.training.ranks import Ranks
-from parts.training.resume import is_inside, last_good, open_run, restore, save, unique_weights
+from parts.training.resume import Saves, is_inside, last_good, open_run, restore, unique_weights
 from parts.training.run_settings import check_settings, divide_rows, resolve_length
+from parts.training.start import (
+    check_draft,
+    check_origin,
+    check_start,
+    model_shape,
+    published_tokenizer,
+    ready_tokenizer,
+)
 from prep_dataset import TokenizeConfig, prepare_tokens
 
 # ------------------------------------------------------------------------------------ configuration
@@ -89,9 +97,10 @@ class RunConfig:
     MAY_CHANGE: ClassVar[tuple] = tuple(
         """
         config batch_size grad_accum_steps n_epochs eval_freq print_sample_iter save_ckpt_freq
-        save_ckpt_minutes keep_last max_minutes patience max_bad_steps resume allow_change device
-        parallel reshard replicate compile activation_checkpointing cpu_offload deterministic plan
-        plan_memory_gb run_name output_dir log_exact use_wandb wandb_project tensorboard debug
+        save_ckpt_minutes save_retry_minutes max_unsaved_minutes keep_last max_minutes patience
+        max_bad_steps resume allow_change device parallel reshard replicate compile
+        activation_checkpointing cpu_offload deterministic plan plan_memory_gb run_name output_dir
+        log_exact use_wandb wandb_project tensorboard debug
         """.split()
     )
     IN_DATA: ClassVar[tuple] = ()  # settings that are compared by the data they lead to
@@ -124,6 +133,8 @@ class RunConfig:
     max_minutes: float | None = None  # stop after so many minutes, save and exit with 75
     patience: int | None = None  # stop after so many evaluations without a lower validation loss
     # when something breaks
+    save_retry_minutes: float = 10.0  # minutes to wait at the end for a disk that is full
+    max_unsaved_minutes: float = 120.0  # minutes without a save on a full disk, then stop; 0: never
     max_bad_steps: int = 20  # skipped steps in a row after which the run rolls back to a checkpoint
     spike_zscore: float = 0.0  # skip a loss this many standard deviations too high; 0: do not
     spike_window: int = 128  # losses that the standard deviation is taken from
@@ -251,6 +262,12 @@ class Text:
         return {"tokenizer.json": self.tokenizer.to_json()}
 
 
+def text_settings(config: TrainConfig) -> TokenizeConfig:
+    """The settings of the text, as prep_dataset.py has them."""
+    names = (*TrainConfig.IN_DATA, "cache_dir", "streaming")
+    return TokenizeConfig(**{name: getattr(config, name) for name in names})
+
+
 def open_text(config: TrainConfig, required: bool = True) -> Text | None:
     """
     The token shards that the configuration names, built if they do not exist yet.
@@ -259,9 +276,7 @@ def open_text(config: TrainConfig, required: bool = True) -> Text | None:
     they are not `required`. Raises ValueError or FileNotFoundError for data that cannot be used.
     """
     planned = config.plan or config.plan_memory_gb
-    names = (*TrainConfig.IN_DATA, "cache_dir", "streaming")
-    settings = TokenizeConfig(**{name: getattr(config, name) for name in names})
-    folder = prepare_tokens(settings, build=not planned)
+    folder = prepare_tokens(text_settings(config), build=not planned)
     if planned and not folder.exists():
         if required:
             raise ValueError("--plan: the text is not tokenised yet; run prep_dataset.py tokenize")
@@ -270,7 +285,7 @@ def open_text(config: TrainConfig, required: bool = True) -> Text | None:
     if index["tokenizer"]:
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
     else:
-        tokenizer = _tokenizer_of_published(config)
+        tokenizer = published_tokenizer(config)
     train, val = Shards(folder, "train", index), Shards(folder, "val", index)
     if len(val) < 2:
         what = (
@@ -283,16 +298,29 @@ def open_text(config: TrainConfig, required: bool = True) -> Text | None:
     return Text(train, val, tokenizer, content_hash(index))
 
 
-def _tokenizer_of_published(config: TrainConfig) -> Tokenizer:
-    """Published shards have no tokenizer: GPT-2's, unless --tokenizer names another."""
-    known = {"gpt2": gpt2_tokenizer, "bytes": byte_tokenizer}
-    try:
-        return known.get(config.tokenizer, lambda: Tokenizer.load(config.tokenizer))()
-    except OSError as e:
-        raise ValueError(
-            f"--tokenizer {config.tokenizer}: {error_line(e)}; "
-            "give a tokenizer.json, or set TIKTOKEN_CACHE_DIR"
-        ) from e
+def gpt_draft(config: TrainConfig) -> Job | None:
+    """
+    What is known of gpt_job before its text is tokenised (see check_draft); None if that is done.
+
+    Raises ValueError or FileNotFoundError as gpt_job does.
+    """
+    shape = model_shape(config)
+    if prepare_tokens(text_settings(config), build=False).exists():
+        return None
+    tokenizer, V = None, byte_tokenizer().vocab_size  # of a BPE, the smallest
+    if config.tokenizer.partition(":")[0] != "bpe":
+        with contextlib.suppress(OSError):  # reported when the text is to be tokenised
+            tokenizer = ready_tokenizer(config.tokenizer)
+            V = tokenizer.vocab_size
+    if config.init_from and tokenizer:
+        check_origin(config, tokenizer)
+    if not config.init_from:
+        shape = replace(shape, vocab_size=V)
+    of_tokenizer = tokenizer.fingerprint if tokenizer else None
+    facts = {"model_config": asdict(shape), "data": None, "tokenizer": of_tokenizer}
+    sizes = {"flops_per_token": flops_per_token(shape), "tokens_per_row": config.context_length}
+    blocks = (FAMILIES[shape.family].block,)
+    return Job(shape.family, shell(shape), None, None, gpt_loss, blocks, facts=facts, **sizes)
 
 
 def gpt_job(config: TrainConfig, building) -> Job:
@@ -301,13 +329,15 @@ def gpt_job(config: TrainConfig, building) -> Job:
 
     Raises ValueError or FileNotFoundError for data or sizes that cannot be used.
     """
-    shape = model_shape(config)  # wrong flags are reported before hours of tokenising
+    shape = model_shape(config)
     text = open_text(config, required=False)
     T = config.context_length
     V = text.tokenizer.vocab_size if text else vocabulary_of(config.tokenizer)
     if not config.init_from:
         shape = replace(shape, vocab_size=V)
-    weights = initial_weights(config, text.tokenizer) if config.init_from and text else None
+    weights = None
+    if config.init_from and text:
+        weights, _ = checkpoint.load_checkpoint(check_origin(config, text.tokenizer))
     torch.manual_seed(config.seed)
     family = FAMILIES[shape.family]
     with building:  # only the model: reading text makes tensors, too
@@ -365,37 +395,6 @@ def gpt_job(config: TrainConfig, building) -> Job:
 def gpt_loss(model, batch) -> torch.Tensor:
     """fp32 sum of the cross-entropy over the targets that are not -100."""
     return model(batch["inputs"], batch["targets"])
-
-
-def model_shape(config: TrainConfig):
-    """
-    The shape of --init_from, or the one that the flags ask for, before its vocabulary is known.
-
-    Raises ValueError on conflict.
-    """
-    names = ("n_layer", "n_head", "n_kv_head", "n_embd", "dropout")
-    asked = {name: getattr(config, name) for name in names if getattr(config, name)}
-    if not config.init_from:
-        asked["block_size"] = config.context_length
-        return shape_of_size(config.model_size, asked)
-    folder = checkpoint.newest_checkpoint(config.init_from)
-    try:
-        found = config_of(checkpoint.read_state(folder))
-        return shape_to_continue(found, asked, config.context_length)
-    except ValueError as e:
-        raise ValueError(f"--init_from: {folder}: {e}") from e
-
-
-def initial_weights(config: TrainConfig, tokenizer: Tokenizer) -> dict:
-    """The weights of --init_from. Raises ValueError if they belong to another tokenizer."""
-    folder = checkpoint.newest_checkpoint(config.init_from)
-    weights, state = checkpoint.load_checkpoint(folder)
-    if state.get("tokenizer") != tokenizer.fingerprint:
-        raise ValueError(
-            f"--init_from: {folder} was trained with another tokenizer; "
-            "give its tokenizer.json as --tokenizer"
-        )
-    return weights
 
 
 # --------------------------------------------------------------------------------------- evaluation
@@ -470,10 +469,10 @@ def _means(found: dict, n_batches: int, ranks: Ranks) -> dict:
 # ----------------------------------------------------------------------------------------- the loop
 
 
-def train(job: Job, config: RunConfig, engine: Engine) -> int:
+def train(job: Job, config: RunConfig, engine: Engine, begin_afresh: Callable | None) -> int:
     """
     Train the job to its last step; returns the exit code: 0 finished, 75 or 130 stopped on request
-    after saving.
+    after saving. begin_afresh: as check_start returned it.
 
     Raises ValueError if the run folder or the checkpoint does not fit (nothing is changed then),
     RuntimeError if the run failed.
@@ -481,10 +480,10 @@ def train(job: Job, config: RunConfig, engine: Engine) -> int:
     ranks, run_dir = engine.ranks, Path(config.output_dir)
     master = ranks.rank == 0
     with contextlib.ExitStack() as stack:
-        # Set up: claim the run folder, read the checkpoint, move everything to its device.
-        requests = Requests(ranks, config.max_minutes, config.save_ckpt_minutes)
+        # Set up: read the checkpoint, move everything to its device.
+        requests = Requests(ranks, config.max_minutes)
         stack.enter_context(requests)
-        state, tensors = open_run(job, config, ranks, stack)
+        state, tensors = open_run(job, config, ranks, begin_afresh)
         rows_per_step, accum = divide_rows(job, config, state, ranks)
         tell_what_runs(job, config, engine, rows_per_step, accum, state.get("step", 0))
         prepare(job, config, engine)
@@ -501,8 +500,8 @@ def train(job: Job, config: RunConfig, engine: Engine) -> int:
         peak = peak_flops(ranks.device, engine.dtype)
         speed = Speed(job.flops_per_token, peak, ranks.world)
         bar = stack.enter_context(progress_bar(config, progress.step, master))
-        saved, plotted_at = progress.step, time.monotonic()
-        save_failed, rolled_back_to = False, None
+        saves = Saves(job, config, engine, outputs, progress)
+        plotted_at, rolled_back_to = time.monotonic(), None
         if progress.step == config.max_steps:
             ranks.say(f"{run_dir}: already finished at step {progress.step}")
 
@@ -524,19 +523,10 @@ def train(job: Job, config: RunConfig, engine: Engine) -> int:
                 sample(job, engine, outputs, step, requests)  # ranks exchange
             if not requests.unreadable:
                 outputs.write(record)
-            due = requests.save or step % config.save_ckpt_freq == 0
+            due = saves.due or step % config.save_ckpt_freq == 0
             due = last or requests.stop or (due and not guard.bad)
-            if step and (due or saved == step):
-                progress.consider_best(record)
-            if due and saved != step:
-                outputs.flush()
-                extra = {"wandb_id": outputs.wandb_id}
-                at_once = last or requests.stop
-                save_failed = not save(
-                    job, config, engine, outputs.writer, progress, guard, extra, at_once
-                )  # ranks gather shards
-                saved = step
-                requests.note_saved()
+            if step and (due or saves.step == step):
+                saves.save_step(progress, guard, record, requests, last)  # ranks gather shards
             if last or requests.stop or time.monotonic() - plotted_at > 600:
                 outputs.flush()
                 if master:
@@ -555,9 +545,10 @@ def train(job: Job, config: RunConfig, engine: Engine) -> int:
             if config.use_wandb and (step + 1) % config.eval_freq == 0:
                 outputs.histograms(step + 1)
             # The one exchange of a step besides gradients: loss, requests, size of micro-batches.
-            mine = {"loss": engine.read(total), "split": progress.split, **requests.pending()}
-            everyone = ranks.gather(mine)
+            mine = {"loss": engine.read(total), "split": progress.split}
+            everyone = ranks.gather(mine | requests.pending() | saves.pending())
             requests.agree(everyone)
+            saves.agree(everyone, requests)
             progress.split = int(max(rank["split"] for rank in everyone))
             loss = sum(rank["loss"] for rank in everyone) / n_targets
             bad = guard.objection(loss)
@@ -586,13 +577,14 @@ def train(job: Job, config: RunConfig, engine: Engine) -> int:
                 progress, record = roll_back(
                     job, config, engine, guard, outputs, progress, rolled_back_to
                 )
-                saved = rolled_back_to = progress.step
+                rolled_back_to = progress.step
+                saves = Saves(job, config, engine, outputs, progress)
                 steps = stack.enter_context(Prefetch(job.train_batches, ranks.device))
                 bar.n = progress.step
             bar.set_postfix_str(speed_line(loss, figures), refresh=False)
             bar.update()
 
-        if save_failed:
+        if saves.failed:
             raise OSError(f"{run_dir}: the last step could not be saved, see the warning above")
         if requests.unreadable:
             raise RuntimeError(requests.unreadable)
@@ -820,12 +812,19 @@ def run(config: RunConfig, make_job: Callable = gpt_job, engines: dict = ENGINES
     else:
         dtype, why = choose_dtype(config.dtype, device)
         config.dtype = next(name for name, kind in DTYPES.items() if kind == dtype)
-    with Ranks(device, group=engine_class.needs_torchrun) as ranks:
+    group = engine_class.needs_torchrun
+    with Ranks(device, group) as ranks, contextlib.ExitStack() as stack:
         plural = "es" if ranks.world > 1 else ""
         ranks.say(f"{device}, {ranks.world} process{plural}, {config.dtype}: {why}")
         engine = engine_class(ranks, dtype)
         # planned for another device: shapes without memory
         building = torch.device("meta") if config.plan_memory_gb else engine.building()
+        begin_afresh = None
+        with ranks.agree():  # before any text is read, which may take hours
+            if not planned:
+                begin_afresh = check_start(config, engine, stack)
+            if not planned and make_job is gpt_job and (draft := gpt_draft(config)):
+                check_draft(draft, config, ranks)
         with ranks.agree():
             job = make_job(config, building)
             if not planned:
@@ -835,7 +834,7 @@ def run(config: RunConfig, make_job: Callable = gpt_job, engines: dict = ENGINES
             return 0
         with ranks.agree():
             ranks.same(job.facts, "let all ranks see the same data and the same --cache_dir")
-        return train(job, config, engine)
+        return train(job, config, engine, begin_afresh)
 
 
 def start(make_job: Callable = gpt_job, config_class=TrainConfig, engines: dict = ENGINES) -> None:

@@ -182,10 +182,9 @@ def main(config: SimpleConfig) -> int:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 products: fast, with 10 bits of fraction
     resolve(config, device)
-
+    V = vocabulary_of(config.tokenizer, device.type != "cpu")  # raises if there is no such one
     # --plan prints what a run would need, and ends here.
     if config.plan or config.plan_memory_gb:
-        V = vocabulary_of(config.tokenizer, on_gpu=device.type != "cpu")
         sizes = {"vocab_size": V, "block_size": config.context_length}
         planned = GPTConfig.of_size(config.model_size, **sizes)
         limits = (config.max_steps, config.plan_memory_gb)
@@ -227,7 +226,8 @@ def train(config: SimpleConfig, device, move_earlier_run) -> int:
     model_config = GPTConfig.of_size(config.model_size, vocab_size=V, block_size=T)
     model = GPT(model_config).to(device)
     print(f"{n_steps} steps of {B} x {T} tokens, {n_steps * B * T:,} tokens to go, on {device}")
-    print(*plan.plan_lines(model_config, plan.Setting(B, device=str(device)))[0], sep="\n")
+    lines, _ = plan.plan_lines(model_config, plan.Setting(B, device=str(device)))
+    print(*lines, *plan.wasted(config, n_steps), sep="\n")
 
     # The optimizer: AdamW. Weight decay pulls a weight towards 0 in each step, which helps for
     # matrices but not for biases and norms.
@@ -285,15 +285,16 @@ def train(config: SimpleConfig, device, move_earlier_run) -> int:
             inputs, targets = next(batches)  # (B, T) each
             loss = calc_loss_batch(inputs, targets, model, device)  # how wrong the guesses are
             loss.backward()  # the gradient: for each weight, how the loss grows with it
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # limits what one batch can do
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # limits the step's size
+            train_loss = loss.item()
+            if not math.isfinite(train_loss + norm):  # the weights are still those of the last step
+                save(step - 1)
+                what = f"the loss is {train_loss} and its gradient {norm:g} at step {step}"
+                raise RuntimeError(f"{what}; start again with a lower --lr than {config.lr:g}")
             optimizer.step()  # moves each weight a little against its gradient
             optimizer.zero_grad()
-            train_loss = loss.item()
             seconds += time.perf_counter() - started
 
-            if not math.isfinite(train_loss):
-                what = f"the loss is {train_loss} at step {step}"
-                raise RuntimeError(f"{what}; start again with a lower --lr than {config.lr:g}")
             train_losses.append(train_loss)
             val_losses.append(None)
             n_tokens = step * B * T
@@ -321,8 +322,8 @@ def train(config: SimpleConfig, device, move_earlier_run) -> int:
         steps = list(range(step + 1))
         curves = [steps, [n * B * T for n in steps], train_losses, val_losses]
         plot = gpt_train.plot_losses(*curves, run_dir / "loss.png", uniform_loss=math.log(V))
-        files = "loss.png, samples.txt" if plot else "samples.txt"
-    print(f"{run_dir}: {files}, metrics.jsonl, checkpoints/step_{step:06d}")
+    picture = "loss.png, " if plot else ""
+    print(f"{run_dir}: {picture}samples.txt, metrics.jsonl, checkpoints/step_{step:06d}")
     script = os.path.relpath(Path(__file__).parent / "gpt_train.py")
     print(f'sample from it: python {script} --checkpoint {run_dir} --prompt "It was"')
     return stop.exit_code or 0

@@ -110,11 +110,19 @@ FULL = {
     ),
     "test_readme.py": ("test_the_second_command_finds_the_tests",),
     "test_shards_build.py": ("test_memory_of_a_build_does_not_grow_with_the_text",),
+    "test_saves.py": (
+        "test_ranks_wait_together_for_a_disk_that_is_full",
+        "test_a_signal_to_one_rank_ends_the_wait_of_all",
+        "test_the_last_save_waits_until_there_is_space",
+        "test_a_stop_on_request_waits_too_and_the_same_command_resumes",
+        "test_a_refused_save_is_repeated_with_the_newest_state",
+    ),
     "test_simple.py": (
         "test_a_full_disk_is_a_warning_and_then_the_exit_code",
         "test_ctrl_c_at_any_time_leaves_no_traceback_and_nothing_half_written",
         "test_a_console_without_unicode_does_not_stop_the_run",
     ),
+    "test_start.py": ("test_all_ranks_refuse_before_any_text_is_read",),
     "test_warm.py": (),
     "test_wt_load.py": (
         "test_transformers_to_here_and_back_is_the_same_to_the_bit",
@@ -139,6 +147,8 @@ KEPT = (
     "test_a_package_that_every_run_needs_is_named_in_one_line[torch-without its library]",
     "test_a_package_that_every_run_needs_is_named_in_one_line[tyro-without its library]",
     "test_a_gradient_that_is_not_finite_is_left_out_and_told",
+    "test_a_refused_save_is_repeated_with_the_newest_state[refused1-attempts1]",
+    "test_the_last_save_waits_until_there_is_space[1]",
 )
 
 

@@ -164,6 +164,7 @@ def test_a_disk_that_refuses_costs_no_older_checkpoint(home):
     train(home, "full", max_steps=4, save_ckpt_freq=4, min_lr=1e-4, warmup_steps=1)
     (home / "runs/full/checkpoints/.step_000008.part").write_text("in the way", encoding="utf-8")
     settings = {"max_steps": 8, "min_lr": 1e-4, "warmup_steps": 1, "allow_change": "max_steps"}
+    settings["save_retry_minutes"] = 0
     limited = (
         "import resource, runpy, sys\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"

@@ -16,8 +16,8 @@ import pretraining_advanced
 from parts.base.files import sha256_of
 from parts.storage.checkpoint import list_checkpoints, newest_checkpoint, step_of
 from parts.training.contract import check_job
-from parts.training.messages import wasted
 from parts.training.optim import predicted_state_bytes
+from parts.training.plan import wasted
 from parts.training.run_settings import check_settings
 from pretraining_advanced import RunConfig, run
 
@@ -404,8 +404,9 @@ def test_a_recipes_own_optimizer_is_used_and_resumed():
 
 def test_settings_without_effect_in_a_short_run_are_named():
     config = RunConfig(max_steps=50, warmup_steps=50, eval_freq=51, save_ckpt_freq=20)
-    (line,) = wasted(config)
+    (line,) = wasted(config, 50)
     assert line.startswith("note: the run has 50 steps; --warmup_steps 50: --max_lr is never")
     assert "--eval_freq 51" in line and "--save_ckpt_freq" not in line
-    assert wasted(RunConfig(max_steps=5000, warmup_steps=50)) == []
-    assert wasted(RunConfig(max_steps=5, schedule="constant", eval_freq=1, save_ckpt_freq=1)) == []
+    assert wasted(RunConfig(warmup_steps=50), 5000) == []
+    assert wasted(RunConfig(), None) == []
+    assert wasted(RunConfig(schedule="constant", eval_freq=1, save_ckpt_freq=1), 5) == []

@@ -98,3 +98,43 @@ print(os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
     ):
         result = python(program, env=clean | more)
         assert result.returncode == 0 and result.stdout.strip() == expected
+
+
+LOGGED = """
+import os, resource, signal, sys
+from parts.cli.launch import StopRequest, quiet_ctrl_c, run_script
+quiet_ctrl_c()
+def main():
+    with StopRequest() as stop:
+        for i in range(3000):
+            print("a line of a log", file=(sys.stdout, sys.stderr)[i % 2], flush=i % 3 == 0)
+            if i == 2000:
+                os.kill(os.getpid(), signal.SIGTERM)
+        open("done", "w").write(f"{i} {stop.exit_code}")
+    return 3
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+run_script(main)
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["-u"], ["-X", "utf8"]], ids=str)
+def test_a_log_file_on_a_full_disk_loses_text_and_ends_no_run(tmp_path, options):
+    with open(tmp_path / "out", "wb") as out, open(tmp_path / "err", "wb") as err:
+        command = [sys.executable, *options, "-c", LOGGED]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        result = subprocess.run(
+            command, cwd=tmp_path, stdout=out, stderr=err, env=env, timeout=60, check=False
+        )
+    assert result.returncode == 3, (tmp_path / "err").read_text(encoding="utf-8")
+    assert (tmp_path / "done").read_text(encoding="utf-8") == "2999 75"
+    for name in ("out", "err"):
+        text = (tmp_path / name).read_bytes()
+        assert 900 < len(text) <= 1000 and text.startswith(b"a line of a log\n" * 50)
+
+
+def test_a_pipe_without_a_reader_still_ends_a_script_that_logs_to_a_file(tmp_path):
+    code = "from parts.cli.launch import run_script\nrun_script(lambda: print(1, flush=True))"
+    command = ["bash", "-c", f"{sys.executable} -c '{code}' 2> {tmp_path}/log | true; exit $?"]
+    result = subprocess.run(command, cwd=ROOT, check=False, capture_output=True)
+    assert result.returncode == 0 and (tmp_path / "log").read_bytes() == b""

@@ -13,6 +13,7 @@ import tiktoken
 import tokenizers
 from conftest import GPT2_CACHE, shared
 
+from parts.data import bpe_training
 from parts.data import tokenizers as T
 
 MOST_SECONDS = 20  # each takes less than 3; in quadratic time it would be a minute and more
@@ -64,7 +65,7 @@ def test_a_vocabulary_is_trained_on_a_long_run_in_seconds(name):
     text = RUNS[name]
     tokenizer = T.make_tokenizer("bpe:1000", [text])
     longest = max(len(token.decode(errors="replace")) for token in tokenizer.ranks)
-    assert longest <= T.MAX_RUN + 1, "a blank before it is a part of a word"
+    assert longest <= bpe_training.MAX_RUN + 1, "a blank before it is a part of a word"
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids.tolist()) == text and len(ids) < len(text.encode())
 
@@ -74,7 +75,7 @@ def test_a_run_in_a_text_costs_no_other_merge():
     plain = T.train_bpe([words], 300)
     with_run = T.train_bpe([f"{words}{'a' * 40_000} {words}"], 320)
     assert set(plain.ranks) - set(with_run.ranks) == set()
-    assert max(map(len, with_run.ranks)) <= T.MAX_RUN
+    assert max(map(len, with_run.ranks)) <= bpe_training.MAX_RUN
 
 
 ORDINARY = {
@@ -97,7 +98,7 @@ def test_a_vocabulary_of_ordinary_text_is_the_one_of_the_library(name):
 
 
 def test_runs_up_to_the_limit_and_lines_without_blanks_change_nothing():
-    rows = [f"{sign * n}\n" for sign in "=-*a1\u4e2d" for n in (80, 300, T.MAX_RUN)]
+    rows = [f"{sign * n}\n" for sign in "=-*a1\u4e2d" for n in (80, 300, bpe_training.MAX_RUN)]
     chinese = "".join(
         "".join(chr(0x4E00 + draw.randrange(50)) for _ in range(draw.randrange(3, 20))) + "\u3002"
         for _ in range(300)
@@ -105,7 +106,7 @@ def test_runs_up_to_the_limit_and_lines_without_blanks_change_nothing():
     links = "https://a.example/" + "/".join(f"part{n}?x={n}" for n in range(300))
     texts = ["".join(rows * 3), chinese, links, "word " * 2000, "", "a"]
     assert T.train_bpe(texts, 700).ranks == untouched(texts, 700)
-    longer = ["=" * (T.MAX_RUN + 1) + "\n"] * 3
+    longer = ["=" * (bpe_training.MAX_RUN + 1) + "\n"] * 3
     assert T.train_bpe(longer, 700).ranks != untouched(longer, 700), "or nothing is tested here"
 
 

@@ -1,8 +1,13 @@
 """What a run reports is true or not reported; no kill between two writes loses a line."""
 
 import errno
+import itertools
 import json
 import os
+import sys
+import threading
+import time
+import types
 
 import pytest
 import torch
@@ -83,6 +88,31 @@ def test_a_full_disk_when_a_run_resumes_names_the_file(tmp_path, monkeypatch):
     assert lines(tmp_path) == records
 
 
+def test_a_full_disk_is_told_once_a_minute_and_no_record_is_lost(tmp_path, monkeypatch, capsys):
+    """A step a second for three minutes, the first two of them on a full disk."""
+    clock = itertools.count(1000.0)
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock) / 3)
+    written_at = []
+    append_lines, full = metrics.append_lines, True
+
+    def append(path, lines):
+        written_at.append(lines[-1]["step"] if lines else None)
+        if full and lines:
+            print("warning: full")
+        else:
+            append_lines(path, lines)
+
+    monkeypatch.setattr(metrics, "append_lines", append)
+    journal = Journal(tmp_path, 0)
+    for step in range(540):
+        full = step < 360
+        journal.write({"step": step})
+    journal.close()
+    assert [r["step"] for r in lines(tmp_path)] == list(range(540))
+    assert 2 <= capsys.readouterr().out.count("warning: full") <= 7
+    assert len(written_at) > 40, "once the disk has space, every second or so again"
+
+
 def refuse(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -155,6 +185,133 @@ def test_wandb_waits_for_no_login(monkeypatch, tmp_path):
     assert metrics.Wandb.mode() == "online"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert metrics.Wandb.mode() == "disabled"
+
+
+class FakeWandb(types.ModuleType):
+    """Stands in for wandb: keeps what is logged, and fails in `fails` (init, log or finish)."""
+
+    Settings = Histogram = staticmethod(lambda **_: None)
+
+    def __init__(self, fails="", error=None, go=None):
+        super().__init__("wandb")
+        self.logged, self.fails, self.error, self.go = [], fails, error, go
+
+    def maybe_fail(self, where: str) -> None:
+        if self.go and where == "log":
+            self.go.wait(60)
+        if where == self.fails:
+            raise self.error
+
+    def init(self, **_):
+        self.maybe_fail("init")
+        return self
+
+    def log(self, values, step):
+        if step > 1:
+            self.maybe_fail("log")
+        if "train_loss" in values:
+            self.logged.append(step)
+
+    def finish(self):
+        self.maybe_fail("finish")
+
+
+def with_wandb(folder, monkeypatch, fake: FakeWandb) -> Journal:
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(metrics, "WANDB_END_S", 5)
+    facts = {"project": "p", "name": "n", "run_id": "0", "config": {}, "folder": folder}
+    return Journal(folder, 0, wandb=facts)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (AssertionError(), "AssertionError"),
+        (TimeoutError(), "TimeoutError"),
+        (SystemExit(), "SystemExit"),
+        (RuntimeError(" \n "), "RuntimeError"),
+        (ValueError("no\nkey"), "no key"),
+        (OSError(13, "Permission denied", "a"), "a: Permission denied"),
+    ],
+)
+@pytest.mark.parametrize(("fails", "missing"), [("init", 5), ("log", 3), ("finish", 0)])
+def test_wandb_that_fails_says_why_and_what_it_lacks(
+    tmp_path, monkeypatch, capsys, error, reason, fails, missing
+):
+    journal = with_wandb(tmp_path, monkeypatch, FakeWandb(fails, error))
+    for step in range(5):
+        journal.write({"step": step, "train_loss": 1.0})
+    started = time.monotonic()
+    journal.close()
+    assert time.monotonic() - started < 4, "closing waits for nothing"
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == f"warning: wandb is off: {reason}; metrics.jsonl has everything"
+    left = f"warning: wandb is off ({reason}); {missing} steps are only in metrics.jsonl"
+    assert out[1:] == [left] * bool(missing)
+    assert len(lines(tmp_path)) == 5
+
+
+@pytest.mark.parametrize("slow_from", [2, 7])
+def test_wandb_that_is_too_slow_lacks_the_steps_that_are_named(
+    tmp_path, monkeypatch, capsys, slow_from
+):
+    """It stops taking records at step 2, with room for three more."""
+    monkeypatch.setattr(metrics, "WANDB_QUEUE", 3)
+    go = threading.Event()
+    fake = FakeWandb(go=go)
+    journal = with_wandb(tmp_path, monkeypatch, fake)
+    for step in range(2):
+        journal.write({"step": step, "train_loss": 1.0})
+    while len(fake.logged) < 2:
+        time.sleep(0.01)
+    for step in range(2, 2 + slow_from):
+        journal.write({"step": step, "train_loss": 1.0})
+        time.sleep(0.02)
+    n_lost = max(0, slow_from - 4)  # one in its hands, three in the queue
+    go.set()
+    journal.close()
+    out = capsys.readouterr().out
+    assert len(fake.logged) == 2 + slow_from - n_lost
+    assert (f"wandb was too slow; {n_lost} steps are only in" in out) == bool(n_lost), out
+
+
+def test_wandb_that_hangs_is_left_and_every_step_it_lacks_is_counted(tmp_path, monkeypatch, capsys):
+    go = threading.Event()
+    journal = with_wandb(tmp_path, monkeypatch, FakeWandb(go=go))
+    for step in range(9):
+        journal.write({"step": step, "train_loss": 1.0})
+    monkeypatch.setattr(metrics, "WANDB_END_S", 0.2)
+    journal.close()
+    go.set()
+    assert "wandb was too slow; 7 steps are only in metrics.jsonl" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("back_to", [[4], [0], [6, 2], [5, 7, 1]])
+def test_no_mirror_has_a_step_twice_after_the_run_rolled_back(tmp_path, monkeypatch, back_to):
+    """back_to: the steps that the run rolls back to; each time it goes to two steps further."""
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    ).EventAccumulator
+    fake = FakeWandb()
+    with_wandb(tmp_path, monkeypatch, fake).close()
+    facts = {"project": "p", "name": "n", "run_id": "0", "config": {}, "folder": tmp_path}
+    journal = Journal(tmp_path, 0, tensorboard=True, wandb=facts)
+    first, ends, expected = 0, 8, {}
+    for attempt, back in enumerate([*back_to, None]):
+        for step in range(first, ends):
+            expected[step] = float(attempt)
+            journal.write({"step": step, "train_loss": float(attempt)})
+            journal.histograms(step, torch.nn.Linear(1, 1))
+        if back is not None:
+            journal.rewind(back)
+            first, ends = back + 1, ends + 2
+    journal.close()
+    assert {r["step"]: r["train_loss"] for r in lines(tmp_path)} == expected
+    board = accumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    scalars = [(s.step, s.value) for s in board.Scalars("train_loss")]
+    assert scalars == sorted(expected.items())
+    assert fake.logged == sorted(expected)
 
 
 def test_reading_skips_what_is_no_record(tmp_path):

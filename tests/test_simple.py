@@ -1,6 +1,8 @@
 """pretraining_simple.py as a person starts it: a short real run, its files, and every mistake."""
 
+import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -9,14 +11,23 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, TINY, one_error_line, run
+from safetensors.torch import load_file
 
+import pretraining_simple
 from gpt_train import load_model
 from parts.storage.run_folder import claimed
-from pretraining_simple import learning_rate_share, split_documents, train_batches, val_batches
+from pretraining_simple import (
+    SimpleConfig,
+    learning_rate_share,
+    split_documents,
+    train_batches,
+    val_batches,
+)
 
 FINISHED = {"max_steps": 30, "eval_freq": 10, "print_sample_iter": 15, "lr": 0.01}
 
@@ -174,6 +185,82 @@ def test_a_run_that_diverges_ends_with_an_error(texts, tmp_path, sample_iter, me
     assert message in one_error_line(result, 1)
 
 
+@pytest.mark.parametrize(
+    ("spoiled", "at", "message"),
+    [
+        ("loss", 3, "the loss is nan and its gradient"),
+        ("loss", 1, "the loss is nan and its gradient"),
+        ("gradient", 4, "and its gradient nan at step 4"),
+        ("gradient", 6, "and its gradient nan at step 6"),
+    ],
+)
+def test_a_run_that_diverges_saves_the_weights_before_that(
+    texts, tmp_path, monkeypatch, capsys, spoiled, at, message
+):
+    """The same weights as those of a run that ends one step before."""
+    monkeypatch.chdir(tmp_path)
+    real, step = pretraining_simple.calc_loss_batch, itertools.count(1)
+
+    def spoil(inputs, targets, model, device):
+        loss = real(inputs, targets, model, device)
+        if next(step) != at:
+            return loss
+        return loss * math.nan if spoiled == "loss" else loss + InfiniteGradient.apply(loss)
+
+    def config(name, **more):
+        settings = {"model_size": "nano", "context_length": 16, "batch_size": 4}
+        settings |= {"tokenizer": "bytes", "data_dir": str(texts), "device": "cpu", **more}
+        return SimpleConfig(output_dir=f"runs/{name}", max_steps=9, save_ckpt_freq=5, **settings)
+
+    monkeypatch.setattr(pretraining_simple, "calc_loss_batch", spoil)
+    with pytest.raises(RuntimeError, match=f"{message}.*; start again with a lower --lr than"):
+        pretraining_simple.main(config("bad"))
+    (folder,) = Path("runs/bad/checkpoints").iterdir()
+    assert folder.name == f"step_{at - 1:06d}"
+    saved = load_file(folder / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+
+    def stop(inputs, targets, model, device):
+        if next(step) == at - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(inputs, targets, model, device)
+
+    if at > 1:
+        step = itertools.count(1)
+        monkeypatch.setattr(pretraining_simple, "calc_loss_batch", stop)
+        assert pretraining_simple.main(config("good")) == 75
+        good = load_file(Path("runs/good/checkpoints", folder.name, "model.safetensors"))
+        assert all(torch.equal(saved[name], good[name]) for name in good)
+
+
+class InfiniteGradient(torch.autograd.Function):
+    """Zero, with a gradient that is infinite."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * math.inf
+
+
+@pytest.mark.parametrize(
+    ("lengths", "said"),
+    [
+        ({"max_steps": 3, "eval_freq": 1, "save_ckpt_freq": 4}, ["--save_ckpt_freq 4"]),
+        ({"max_steps": 3, "eval_freq": 4, "save_ckpt_freq": 3}, ["--eval_freq 4"]),
+        ({"max_steps": 2}, ["--eval_freq 200", "--save_ckpt_freq 1,000"]),
+        ({"max_steps": 3, "eval_freq": 3, "save_ckpt_freq": 3}, []),
+    ],
+)
+def test_settings_without_effect_in_a_short_run_are_named(texts, tmp_path, lengths, said):
+    out = simple(tmp_path, data_dir=texts, **lengths).stdout
+    notes = [line for line in out.splitlines() if line.startswith("note: ")]
+    assert len(notes) == bool(said)
+    assert re.findall(r"--\w+ [\d,]*\d", "".join(notes)) == said
+
+
 def test_a_console_without_unicode_does_not_stop_the_run(texts, tmp_path):
     ascii_only = {"PYTHONIOENCODING": "ascii"}
     result = simple(tmp_path, env=ascii_only, data_dir=texts, max_steps=2)
@@ -277,6 +364,11 @@ MISTAKES = [  # the flags of a command, and what its error line says; TEXTS stan
     ("--data_dir TEXTS --tokenizer bpe:99999999999999999999999", "--tokenizer: bpe"),
     ("--data_dir TEXTS --tokenizer bytes:5", "--tokenizer: bytes:5"),
     ("--data_dir TEXTS --tokenizer nothing.json", "--tokenizer: nothing.json"),
+    ("--data_dir nowhere --tokenizer nothing.json", "--tokenizer: nothing.json"),
+    ("--data_dir nowhere --tokenizer bpe:7", "--tokenizer: bpe:7 is out of range"),
+    ("--data_dir nowhere --tokenizer bpe:x", "--tokenizer: bpe:x"),
+    ("--data_dir nowhere --output_dir latin/a.txt/run", "--output_dir: latin/a.txt"),
+    ("--data_dir nowhere --output_dir /proc/run", "--output_dir: /proc/run"),
 ]
 BAD_FILES = {
     "no_text/a.md": b"x",

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 from parts.base.text import one_line
@@ -60,6 +61,19 @@ def no_empty_folders(path):
         with contextlib.suppress(OSError):  # the first that is not empty ends it
             for folder in missing:
                 folder.rmdir()
+
+
+def check_writable(folder, flag: str) -> None:
+    """Raises ValueError, naming the flag, if no file can be made in a folder; it may be missing."""
+    folder = Path(folder)
+    try:
+        with no_empty_folders(folder):
+            make_folder(folder)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+    except OSError as e:
+        why = f"{folder}: {e.strerror or e}"
+        raise ValueError(f"{flag}: {why}; choose a writable folder") from e
 
 
 def add_file_name(e: BaseException, path) -> None:

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import platform
 import shlex
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -43,6 +45,7 @@ OURS = ("__main__", "parts")  # and the scripts in ROOT
 REQUESTS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
 ]
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _on_requests(handler) -> dict:
@@ -55,7 +58,7 @@ def open_standard_streams() -> None:
     Connect stdin, stdout and stderr to the null device where the caller has closed them.
 
     Otherwise printing fails, and the next file that is opened gets the stream's number, so that
-    output of a library goes into it.
+    output of a library goes into it. A log file on a full disk loses text, and ends no run.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
@@ -66,6 +69,33 @@ def open_standard_streams() -> None:
             mode = "r" if number == 0 else "w"
             stream = open(number, mode, encoding="utf-8", errors="replace")  # noqa: SIM115
             setattr(sys, name, stream)
+        elif number and stat.S_ISREG(os.fstat(number).st_mode):
+            setattr(sys, name, _of_log(getattr(sys, name), number))
+
+
+class _LogFile(io.FileIO):
+    """A file whose text is dropped while the disk is full: nobody can be told about it there."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError as e:
+            if e.errno not in DISK_FULL:
+                raise
+            return len(data)
+
+
+def _of_log(stream: io.TextIOWrapper, number: int) -> io.TextIOWrapper:
+    """The same text stream, which writes to that file descriptor through a _LogFile."""
+    stream.flush()
+    file = _LogFile(number, "w", closefd=False)
+    return io.TextIOWrapper(
+        file if stream.write_through else io.BufferedWriter(file),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
 
 
 def quiet_ctrl_c() -> None:
@@ -209,7 +239,8 @@ class StopRequest:
         self._first = self._first or time.monotonic()
         self.exit_code = 130 if number == signal.SIGINT else 75
         # not print: a handler may interrupt a print, and the stream refuses to be entered twice
-        os.write(2, b"\nstopping after this step and saving; Ctrl-C again exits at once\n")
+        with contextlib.suppress(OSError):  # a log file on a full disk
+            os.write(2, b"\nstopping after this step and saving; Ctrl-C again exits at once\n")
 
 
 def launch_facts(n_processes: int, device) -> dict:

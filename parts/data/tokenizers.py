@@ -22,7 +22,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import tempfile
 import threading
 import urllib.request
@@ -38,6 +37,7 @@ from parts.base.text import (
     EOT,
     without_surrogates,
 )
+from parts.data import bpe_training
 from parts.data.byte_encoding import ByteEncoding
 from parts.data.huggingface_tokenizer import (
     HuggingFaceTokenizer,
@@ -60,9 +60,6 @@ FASTER_PATTERNS = {
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 DEFAULT_BPE_SIZE = 4096
-BPE_SAMPLE_CHARS = 50_000_000  # more text takes longer and does not change 4,096 merges
-MAX_RUN = 500  # characters; no word of any language is as long
-MAX_VOCAB_SIZE = 1_000_000
 AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")  # of a BPE that is not byte-level
 # files of a folder that has a tokenizer, the first that is there
 FILES = ("tokenizer.json", "vocab.bpe", "merges.txt", "vocab.json", "tokenizer.model")
@@ -339,25 +336,9 @@ def train_bpe(texts, vocab_size: int = DEFAULT_BPE_SIZE) -> Tokenizer:
     A byte-level BPE of up to vocab_size ids, trained on an iterable of texts; end-of-text is last.
 
     The same texts give the same tokenizer; a short text gives fewer ids. No token is longer than
-    MAX_RUN characters. Raises ValueError for a size that is out of range.
+    bpe_training.MAX_RUN characters. Raises ValueError for a size that is out of range.
     """
-    if not 257 <= vocab_size <= MAX_VOCAB_SIZE:
-        what = f"bpe:{vocab_size} is out of range"
-        limits = f"256 bytes and end-of-text need 257, the most is {MAX_VOCAB_SIZE}"
-        raise ValueError(f"--tokenizer: {what}; {limits}")
-    import tokenizers  # imported here: only a run that trains a vocabulary needs it
-
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        min_frequency=2,
-        show_progress=False,
-    )
-    model.train_from_iterator(_without_long_runs(texts), trainer)
-    vocab = model.get_vocab(with_added_tokens=False)
-    ranks = {_from_printable(token): i for token, i in vocab.items()}
+    ranks = bpe_training.train(texts, vocab_size)
     return Tokenizer(f"bpe:{len(ranks) + 1}", ranks, {EOT: len(ranks)})
 
 
@@ -437,7 +418,7 @@ def make_tokenizer(spec: str, texts, on_gpu: bool = False) -> Tokenizer:
     if kind == "bpe":
         if size and not size.isdecimal():
             raise ValueError(f"--tokenizer: {spec!r} needs a number after bpe:, such as bpe:8192")
-        return train_bpe(_sample(texts), int(size or DEFAULT_BPE_SIZE))
+        return train_bpe(bpe_training.sample(texts), int(size or DEFAULT_BPE_SIZE))
     return Tokenizer.load(spec)
 
 
@@ -455,43 +436,17 @@ def content_key(spec: str) -> str:
 
 
 def vocabulary_of(spec: str, on_gpu: bool = True) -> int:
-    """Number of ids that `--tokenizer SPEC` will give; a BPE of a short text gets fewer."""
+    """
+    Number of ids that `--tokenizer SPEC` will give; a BPE of a short text gets fewer.
+
+    Raises ValueError or FileNotFoundError for an unknown spec.
+    """
     kind, _, size = spec.partition(":")
     if spec == "auto":
         kind = "gpt2" if on_gpu else "bpe"
     if spec == "bytes":
         return byte_tokenizer().vocab_size
     if kind == "bpe" and (not size or size.isdecimal()):
+        bpe_training.check_size(int(size or DEFAULT_BPE_SIZE))
         return int(size or DEFAULT_BPE_SIZE)
     return 50257 if kind == "gpt2" else Tokenizer.load(spec).vocab_size
-
-
-def _sample(texts):
-    """Yield texts up to BPE_SAMPLE_CHARS in all, the last one cut."""
-    left = BPE_SAMPLE_CHARS
-    for text in texts:
-        yield text[:left]
-        left -= len(text)
-        if left <= 0:
-            return
-
-
-def _without_long_runs(texts):
-    """
-    Yield the texts in parts, so that no run of letters, digits or signs exceeds MAX_RUN.
-
-    A merge takes quadratic time in the length of such a run, and gives tokens that are of no use
-    anywhere else. Runs of white space are shortened to 100 characters. Other text stays as it is.
-    """
-    import regex  # tiktoken requires it
-
-    for text in texts:
-        text = re.sub(r"(\s{100})\s+", r"\1", text)
-        begin = 0
-        for stretch in re.finditer(rf"(?<!\S)\S{{{MAX_RUN + 1},}}", text):
-            for run in regex.finditer(r"\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+", stretch[0]):
-                first = stretch.start() + run.start()
-                for end in range(first + MAX_RUN, first + len(run[0]), MAX_RUN):
-                    yield text[begin:end]
-                    begin = end
-        yield text[begin:]

@@ -5,6 +5,7 @@ Write checkpoints in a thread: the training waits for a copy of the tensors, not
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 
 import torch
@@ -21,7 +22,8 @@ class Writer:
     Calls write(run_dir, step, {file: {name: tensor}}, *rest) in a thread, with copied tensors.
 
     Small checkpoints and those that the caller waits for are written in this thread. An OSError of
-    `write` is reported to tell(step, error).
+    `write` is reported to tell(step, error). failing_since: when (time.monotonic) the first write
+    failed since the last one that did not; None: the last one did not.
     """
 
     def __init__(self, write, tell):
@@ -29,6 +31,7 @@ class Writer:
         self.tell = tell
         self.thread = None
         self.error = None  # raised in the thread
+        self.failing_since = None
         self.room = None  # memory for copies
 
     def reserve(self, n_bytes: int, device) -> None:
@@ -69,6 +72,11 @@ class Writer:
         self._start(self._save, run_dir, step, copied, *rest)
         return True
 
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self.thread is not None and self.thread.is_alive()
+
     def wait(self) -> None:
         """
         Wait until everything is written.
@@ -108,8 +116,10 @@ class Writer:
         try:
             self.write(run_dir, step, *rest)
         except OSError as e:
+            self.failing_since = self.failing_since or time.monotonic()
             self.tell(step, e)
             return False
+        self.failing_since = None
         return True
 
 

@@ -39,7 +39,8 @@ class Engine:
     """
     One process, and what all engines share.
 
-    lockstep: a forward pass needs all ranks, also in evaluation and sampling.
+    lockstep: a forward pass needs all ranks, also in evaluation and sampling. shards: no rank has
+    whole matrices.
     exchanging: the exchange of this step has begun on the other ranks, so that this rank cannot
     start the step again, for example with smaller micro-batches.
     """
@@ -47,6 +48,7 @@ class Engine:
     name = "none"
     needs_torchrun = False
     lockstep = False
+    shards = False
 
     def __init__(self, ranks: Ranks, dtype: torch.dtype):
         self.ranks, self.dtype = ranks, dtype
@@ -83,6 +85,7 @@ class Engine:
         cpu_offload, reshard and replicate: see Sharded. Raises ValueError for options that this
         engine does not have.
         """
+        self.check_options(cpu_offload, reshard, replicate)
         self.wrap_blocks(model, blocks, activation_checkpointing, compile_blocks)
         self.place(model, blocks, cpu_offload, reshard, replicate)
         if self.ranks.device.type == "cpu":
@@ -91,14 +94,17 @@ class Engine:
         self.optimizer = make_optimizer(model)
         self.model = self.wrap(model)
 
-    def place(self, model, blocks, cpu_offload: bool, reshard: bool, replicate: int) -> None:
-        """Put the model on its device. Raises ValueError for the options of fsdp."""
+    def check_options(self, cpu_offload: bool, reshard: bool, replicate: int) -> None:
+        """Raises ValueError for options that this engine does not have: here, those of fsdp."""
         options = {"cpu_offload": cpu_offload, "reshard": not reshard, "replicate": replicate != 1}
         for option in (name for name, on in options.items() if on):
             raise ValueError(
                 f"--{option}: needs --parallel fsdp, this is {self.name}; "
                 "start with torchrun, or leave it out"
             )
+
+    def place(self, model, blocks, cpu_offload: bool, reshard: bool, replicate: int) -> None:
+        """Put the model on its device."""
         model.to(self.ranks.device)
 
     def wrap_blocks(self, model, blocks, activation_checkpointing, compile_blocks) -> None:
@@ -291,18 +297,22 @@ class Sharded(Engine):
     name = "fsdp"
     needs_torchrun = True
     lockstep = True
+    shards = True
 
     def building(self):
         """Only rank 0 gives the model memory; the others get their shards in `prepare`."""
         return torch.device("meta") if self.ranks.rank else contextlib.nullcontext()
 
-    def place(self, model, blocks, cpu_offload: bool, reshard: bool, replicate: int) -> None:
-        """Shard the model. Raises ValueError if the ranks do not divide into the groups."""
+    def check_options(self, cpu_offload: bool, reshard: bool, replicate: int) -> None:
+        """Raises ValueError if the ranks do not divide into the groups."""
         if self.ranks.world % replicate:
             raise ValueError(
                 f"--replicate {replicate}: does not divide the {self.ranks.world} processes; "
                 "give a divisor of their number"
             )
+
+    def place(self, model, blocks, cpu_offload: bool, reshard: bool, replicate: int) -> None:
+        """Shard the model."""
         if cpu_offload and self.ranks.device.type == "cuda":
             # the optimizer computes on the CPU, and torchrun gives each rank one thread
             torch.set_num_threads(max(torch.get_num_threads(), cores_per_rank()))

@@ -10,7 +10,7 @@ from pathlib import Path
 from parts.base.units import format_bytes
 from parts.cli.progress_bar import tqdm
 from parts.training.optim import predicted_state_bytes
-from parts.training.plan import Setting
+from parts.training.plan import Setting, wasted
 from parts.training.progress import Progress
 from parts.training.resume import checkpoint_bytes
 
@@ -96,18 +96,6 @@ def tell_what_runs(job, config, engine, rows_per_step: int, accum: int, step: in
         if job.train_batches:
             line += f"; {job.train_batches.n_rows:,} rows in an epoch"
         lines.append(line)
-    lines += wasted(config)
+    lines += wasted(config, config.max_steps)
     engine.ranks.say("\n".join(lines))
     return fits
-
-
-def wasted(config) -> list[str]:
-    """A line for settings that have no effect in so short a run, if there are any."""
-    n, found = config.max_steps, []
-    if n and config.warmup_steps and config.warmup_steps >= n and config.schedule != "constant":
-        found.append(f"--warmup_steps {config.warmup_steps:,}: --max_lr is never reached")
-    if n and config.eval_freq > n:
-        found.append(f"--eval_freq {config.eval_freq:,}: evaluated at the first and last step only")
-    if n and config.save_ckpt_freq > n:
-        found.append(f"--save_ckpt_freq {config.save_ckpt_freq:,}: saved at the end only")
-    return [f"note: the run has {n:,} steps; {'; '.join(found)}"] if found else []

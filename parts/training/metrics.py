@@ -23,6 +23,7 @@ import torch
 
 from parts.base.files import add_file_name, append_lines, rename_durably
 from parts.base.text import one_line
+from parts.cli.launch import error_line
 
 # Dense bf16/fp16 operations per second with fp32 sums, from the makers' data sheets. A key matches
 # a device whose name contains all its words; of several keys the one with the most words counts.
@@ -53,6 +54,8 @@ PEAK_FLOPS = {
 }
 # Words of another device: a variant of the chip, or a part of it (MIG, a vGPU such as 24Q).
 OTHER_DEVICE = re.compile(r"Laptop|Mobile|Max|D|Ti|SUPER|MIG|\d+[ABCQ]")
+FLUSH_S = 1.0  # between two writes of metrics.jsonl
+FLUSH_AGAIN_S = 60.0  # the same after one that the disk refused, each of which prints a warning
 STEPS_OF_SPEED = 50  # the speed is the mean over so many steps
 HISTOGRAM_BINS = 64
 WANDB_QUEUE = 10_000  # records
@@ -138,14 +141,30 @@ class Journal:
     def __init__(self, run_dir, step: int, tensorboard: bool = False, wandb: dict | None = None):
         self.path = Path(run_dir) / "metrics.jsonl"
         self.lines = []  # not written yet
-        self.flushed = time.monotonic()
+        self.flushed, self.interval_s = time.monotonic(), FLUSH_S
+        self.board = self.wandb = None
         self.rewind(step)
-        self.board = _tensorboard(Path(run_dir) / "tensorboard", step) if tensorboard else None
+        self.board = _tensorboard(self.board_dir, step) if tensorboard else None
         self.wandb = Wandb(**wandb) if wandb else None
 
+    @property
+    def board_dir(self) -> Path:
+        """The folder of TensorBoard's files."""
+        return self.path.parent / "tensorboard"
+
     def rewind(self, step: int) -> None:
-        """Drop the records after `step`, from which the run continues. Raises OSError."""
+        """
+        Drop the records after `step`, from which the run continues. Raises OSError.
+
+        TensorBoard drops them too; wandb keeps what it has, and gets no step a second time.
+        """
         append_lines(self.path, self.lines)
+        self.lines = [record for record in self.lines if record["step"] <= step]
+        if self.board:
+            self.board.close()
+            self.board = _tensorboard(self.board_dir, step)
+        if self.wandb:
+            self.wandb.rewind()
         self.last = {"step": step}
         self.found = False  # whether the file has the record of that step
         if self.path.exists():
@@ -197,7 +216,7 @@ class Journal:
                 self.board.add_scalar(name, value, record["step"])
         if self.wandb:
             self.wandb.put((record["step"], numbers))
-        if time.monotonic() - self.flushed > 1:
+        if time.monotonic() - self.flushed > self.interval_s:
             self.flush()
 
     def histograms(self, step: int, model) -> None:
@@ -215,6 +234,7 @@ class Journal:
         if self.board:
             self.board.flush()
         self.flushed = time.monotonic()
+        self.interval_s = FLUSH_AGAIN_S if self.lines else FLUSH_S
 
     def close(self) -> None:
         """Flush, and end the mirrors; waits half a minute for wandb at most."""
@@ -275,7 +295,11 @@ def _tensorboard(folder: Path, step: int):
 
 
 class Wandb:
-    """A wandb run fed from a queue by its own thread; `put` never waits."""
+    """
+    A wandb run fed from a queue by its own thread; `put` never waits.
+
+    missing: steps that wandb does not have, or not yet.
+    """
 
     def __init__(self, project: str, name: str, run_id: str, config: dict, folder):
         self.settings = {
@@ -287,7 +311,9 @@ class Wandb:
             "resume": "allow",
         }
         self.queue = queue.Queue(WANDB_QUEUE)
-        self.dropped = 0
+        self.missing = set()
+        self.newest = self.known = -1  # steps: the newest one, and the newest before a rewind
+        self.why_off = None
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
@@ -304,13 +330,25 @@ class Wandb:
         return "offline"
 
     def put(self, item) -> None:
-        """Queue (step, {name: number or histogram}); drop it if wandb is too slow."""
-        try:
+        """
+        Queue (step, {name: number or histogram}); drop it if wandb is too slow.
+
+        Also drops a step from before a rewind: wandb cannot replace what it has.
+        """
+        step = item[0]
+        if step <= self.known:
+            return
+        self.newest = max(self.newest, step)
+        self.missing.add(step)
+        with contextlib.suppress(queue.Full):
             self.queue.put_nowait(item)
-        except queue.Full:
-            self.dropped += 1
+
+    def rewind(self) -> None:
+        """The run rolled back: the steps so far are not logged again."""
+        self.known = self.newest
 
     def _work(self) -> None:
+        item = ()
         try:
             import wandb
 
@@ -319,22 +357,28 @@ class Wandb:
             while (item := self.queue.get()) is not None:
                 step, values = item
                 run.log({k: _wandb_value(wandb, v) for k, v in values.items()}, step=step)
+                self.missing.discard(step)
             run.finish()
-        except Exception as e:  # noqa: BLE001  whatever wandb raises, the training continues
-            reason = one_line(e, 150)
-            print(f"warning: wandb is off: {reason}; metrics.jsonl has everything", flush=True)
-            while self.queue.get() is not None:
-                pass
+        except (Exception, SystemExit) as e:  # noqa: BLE001  the training continues
+            self.why_off = one_line(error_line(e), 150)
+            what = f"wandb is off: {self.why_off}"
+            print(f"warning: {what}; metrics.jsonl has everything", flush=True)
+            while item is not None:
+                item = self.queue.get()
 
     def close(self) -> None:
         """End the run; does not wait longer than half a minute."""
-        self.put(None)
-        self.thread.join(timeout=WANDB_END_S)
-        if self.dropped or self.thread.is_alive():
-            print(
-                f"warning: wandb was too slow; {self.dropped} records are only in metrics.jsonl",
-                flush=True,
-            )
+        ends = time.monotonic() + WANDB_END_S
+        with contextlib.suppress(queue.Full):
+            self.queue.put(None, timeout=WANDB_END_S)
+        self.thread.join(timeout=max(0.0, ends - time.monotonic()))
+        if not self.missing and not self.thread.is_alive():
+            return
+        why = f"is off ({self.why_off})" if self.why_off else "was too slow"
+        what = "what it has may not be uploaded"
+        if self.missing:
+            what = f"{len(self.missing):,} steps are only in metrics.jsonl"
+        print(f"warning: wandb {why}; {what}", flush=True)
 
 
 def _wandb_value(wandb, value):

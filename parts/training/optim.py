@@ -137,6 +137,24 @@ def _shape_of(entry: str, p, group: dict) -> list | None:
     return None  # in GaLore's subspace, or in 8 bits
 
 
+def check_kind(kind: str, device, sharded: bool) -> None:
+    """Raises ValueError if an optimizer of this kind cannot run here, or on sharded matrices."""
+    of_matrices = kind == "muon" or kind.startswith("galore")
+    if sharded and of_matrices:
+        raise ValueError(
+            f"--optimizer {kind}: needs whole matrices, and --parallel fsdp shards them; "
+            "use adamw, or --parallel ddp"
+        )
+    if kind.startswith("galore"):
+        _galore(kind, device)
+    bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind == "muon" and not bf16:
+        raise ValueError(
+            "--optimizer muon: torch computes it in bf16, which this GPU does not have; "
+            "use adamw or galore"
+        )
+
+
 class Optimizer:
     """
     One or two torch optimizers used as one, with state that is saved by parameter name.
@@ -160,11 +178,7 @@ class Optimizer:
         self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self.views = []  # (parameter on some rows of a weight, the weight, the rows): for Muon
         matrices = _matrices(model, blocks) if kind != "adamw" else []
-        if any(hasattr(p, "placements") for p in matrices):
-            raise ValueError(
-                f"--optimizer {kind}: needs whole matrices, and --parallel fsdp shards them; "
-                "use adamw, or --parallel ddp"
-            )
+        check_kind(kind, device, any(hasattr(p, "placements") for p in matrices))
         in_blocks = {id(p) for p in matrices}
         others = [p for p in self.names if id(p) not in in_blocks]
         groups = [
@@ -189,19 +203,13 @@ class Optimizer:
             self.parts[0].args.max_unorm = 0.0
             self.parts[0].args.skip_zeros = False
         if kind == "muon":
-            self.parts.append(self._muon(matrices, weight_decay, device))
+            self.parts.append(self._muon(matrices, weight_decay))
 
-    def _muon(self, matrices: list, weight_decay: float, device):
+    def _muon(self, matrices: list, weight_decay: float):
         """torch's Muon for these matrices. Raises ValueError if it cannot run."""
         if not matrices:
             raise ValueError(
                 "--optimizer muon: no matrix in the blocks of this model is trainable; use adamw"
-            )
-        bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-        if not bf16:
-            raise ValueError(
-                "--optimizer muon: torch computes it in bf16, which this GPU does not have; "
-                "use adamw or galore"
             )
         pieces = [piece for matrix in matrices for piece in self._pieces(matrix)]
         # with the same learning rate as AdamW's, updates are then as large as AdamW's

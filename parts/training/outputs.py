@@ -36,6 +36,7 @@ class Outputs:
         self.master = ranks.rank == 0
         self.journal = self.wandb_id = None
         self.sampled = None  # step of the last sample, on rank 0
+        self.samples = []  # not written yet, because the disk refused
         self.writer = Writer(checkpoint.save_checkpoint, self._not_saved)
         if not self.master:
             return
@@ -53,7 +54,8 @@ class Outputs:
         self.writer.reserve(checkpoint_bytes(job, config) + 2**20, ranks.device)
 
     def _not_saved(self, step: int, e: OSError) -> None:
-        self.ranks.say(f"warning: step {step} is not saved: {error_line(e)}; free some space")
+        why = f"{e.filename}: {e.strerror}" if e.strerror else error_line(e)
+        self.ranks.say(f"warning: step {step} is not saved: {why}; free some space")
 
     def last_record(self) -> dict:
         """The record of the step the run is at, perhaps incomplete; all ranks get rank 0's."""
@@ -73,19 +75,23 @@ class Outputs:
         """Print a sample, and append it to samples.txt."""
         if self.master:
             self.ranks.say(text.strip())
-            append_lines(self.run_dir / "samples.txt", [f"--- step {step}\n{text}\n"])
+            self.samples.append(f"--- step {step}\n{text}\n")
+            append_lines(self.run_dir / "samples.txt", self.samples)
             self.sampled = step
 
     def rewind(self, step: int) -> None:
         """Drop records and samples of later steps."""
         if self.master:
             self.journal.rewind(step)
+            self.samples.clear()
             self.sampled = run_folder.trim_samples(self.run_dir / "samples.txt", step)
 
     def flush(self) -> None:
         """Write everything so far to the disk."""
         if self.master:
             self.journal.flush()
+            if self.samples:
+                append_lines(self.run_dir / "samples.txt", self.samples)
 
     def close(self) -> None:
         """Finish writing checkpoints and metrics."""

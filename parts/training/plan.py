@@ -320,3 +320,21 @@ def show_plan(
         line += f"; {max_steps:,} steps in {format_duration(max_steps * seconds)}"
     print(f"{line}, without evaluations and samples")
     return 0
+
+
+def wasted(config, n_steps: int | None) -> list[str]:
+    """
+    A line for settings that have no effect in a run of so few steps, if there are any.
+
+    config: of either trainer; the short one has neither warmup_steps nor schedule. n_steps: None if
+    the length is not known.
+    """
+    n, found = n_steps, []
+    warmup = getattr(config, "warmup_steps", None)
+    if n and warmup and warmup >= n and config.schedule != "constant":
+        found.append(f"--warmup_steps {warmup:,}: --max_lr is never reached")
+    if n and config.eval_freq > n:
+        found.append(f"--eval_freq {config.eval_freq:,}: evaluated at the first and last step only")
+    if n and config.save_ckpt_freq > n:
+        found.append(f"--save_ckpt_freq {config.save_ckpt_freq:,}: saved at the end only")
+    return [f"note: the run has {n:,} steps; {'; '.join(found)}"] if found else []

@@ -2,7 +2,7 @@
 Where a run is: what its next step depends on, and what it has been asked to do.
 
 Progress is saved in every checkpoint, flat in trainer_state.json. Requests belong to this attempt
-of the run: signals, the time limit, data that cannot be read, a checkpoint that is due.
+of the run: signals, the time limit, data that cannot be read.
 """
 
 from __future__ import annotations
@@ -80,18 +80,18 @@ class Progress:
 
 class Requests:
     """
-    What this attempt was asked to do. Ranks agree on each request by its name, once per step.
+    What this attempt was asked to do. Ranks agree on it once per step.
 
-    stop: stop after this step and save; save: a checkpoint is due by the clock; unreadable: why
-    there are no further batches, else None. A context manager; inside it signals are requests.
+    stop: stop after this step and save; unreadable: why there are no further batches, else None. A
+    context manager; inside it signals are requests.
     """
 
-    def __init__(self, ranks: Ranks, max_minutes: float | None, save_minutes: float):
-        self.ranks, self.max_minutes, self.save_minutes = ranks, max_minutes, save_minutes
+    def __init__(self, ranks: Ranks, max_minutes: float | None):
+        self.ranks, self.max_minutes = ranks, max_minutes
         self.signals = StopRequest()
-        self.stop = self.save = False
+        self.stop = False
         self.unreadable = None
-        self.began = self.saved = time.monotonic()
+        self.began = time.monotonic()
 
     def __enter__(self) -> Requests:
         self.signals.__enter__()
@@ -110,23 +110,16 @@ class Requests:
         return bool(self.signals)
 
     def pending(self) -> dict[str, float]:
-        """{"stop", "save"} as this rank sees them; the clock is that of rank 0."""
+        """{"stop"} as this rank sees it; the clock is that of rank 0."""
         minutes = (time.monotonic() - self.began) / 60
-        unsaved_minutes = (time.monotonic() - self.saved) / 60
         master = self.ranks.rank == 0
         out_of_time = master and self.max_minutes is not None and minutes > self.max_minutes
-        save = master and unsaved_minutes > self.save_minutes
-        return {"stop": self.signalled() or out_of_time, "save": save}
+        return {"stop": self.signalled() or out_of_time}
 
     def agree(self, everyone: list[dict]) -> None:
         """Take over what any rank asks for; `everyone` is `pending` of all ranks, gathered."""
         self.stop = self.stop or any(rank["stop"] for rank in everyone)
-        self.save = any(rank["save"] for rank in everyone)
 
     def stop_unreadable(self, why: str) -> None:
         """Stop because the data cannot be read."""
         self.stop, self.unreadable = True, why
-
-    def note_saved(self) -> None:
-        """A checkpoint was written: the next one is due a while from now."""
-        self.saved, self.save = time.monotonic(), False

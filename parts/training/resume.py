@@ -10,16 +10,20 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import time
 from dataclasses import asdict
 from pathlib import Path
 
+from parts.cli.launch import StopRequest
 from parts.storage import checkpoint, run_folder
 from parts.storage.checkpoint import OPTIMIZER_FILE
 from parts.storage.writer import enough_memory, offloaded_bytes
 from parts.training.guard import Guard
 from parts.training.optim import predicted_state_bytes
-from parts.training.progress import Progress
+from parts.training.progress import Progress, Requests
 
+RETRY_S = 60.0  # between two attempts to save while the disk refuses
+POLL_S = 1.0  # between two looks at the clock and the signals in the wait at the end
 # what earlier versions wrote in place of the family
 SCRIPTS = {"pretraining_advanced.py": "gpt"}
 
@@ -73,15 +77,118 @@ def save(job, config, engine, writer, progress: Progress, guard: Guard, extra: d
     )
 
 
+class Saves:
+    """
+    The checkpoints of this attempt. All ranks make one and call the same methods.
+
+    step: of the newest one that is written, or is being written; due: the next one is due by the
+    clock; failed: the last one of all could not be written. A save that the disk refuses is tried
+    again every minute with the newest state, the last one for --save_retry_minutes; a run that
+    cannot save for --max_unsaved_minutes is stopped.
+    """
+
+    def __init__(self, job, config, engine, outputs, progress: Progress):
+        self.job, self.config, self.engine, self.outputs = job, config, engine, outputs
+        self.ranks, self.writer = engine.ranks, outputs.writer
+        self.step = progress.step
+        self.best = progress.best  # as the newest checkpoint has it
+        self.due = self.failed = self.gave_up = False
+        self.tried = time.monotonic()
+
+    def pending(self) -> dict[str, float]:
+        """{"save", "give_up"} by the clock and the disk of rank 0, for the exchange of the step."""
+        if self.ranks.rank != 0:
+            return {"save": False, "give_up": False}
+        config, now = self.config, time.monotonic()
+        save = now - self.tried > 60 * config.save_ckpt_minutes
+        since, give_up = self.writer.failing_since, False
+        if since is not None and not self.writer.busy:
+            save = save or (config.save_retry_minutes and now - self.tried > RETRY_S)
+            limit_s = 60 * config.max_unsaved_minutes
+            give_up = limit_s > 0 and now - since > limit_s
+        return {"save": bool(save), "give_up": give_up}
+
+    def agree(self, everyone: list[dict], requests: Requests) -> None:
+        """Take over what rank 0 asks for; `everyone` is `pending` of all ranks, gathered."""
+        self.due = any(rank["save"] for rank in everyone)
+        if any(rank["give_up"] for rank in everyone):
+            self.gave_up = requests.stop = True
+            minutes = self.config.max_unsaved_minutes
+            self.ranks.say(f"nothing could be saved for {minutes:g} minutes: the run stops")
+
+    def save_step(
+        self, progress: Progress, guard: Guard, record: dict, requests: Requests, last: bool
+    ) -> None:
+        """
+        Write a checkpoint of this step unless there is one; consider it for the best, by `record`.
+
+        If it is the last of this attempt (`last`, or a stop is requested), it is on the disk
+        afterwards, or `failed` is true. Ranks exchange.
+        """
+        at_once = last or requests.stop
+        if at_once or self.step != progress.step:
+            self._settle(progress)
+        progress.consider_best(record)
+        if self.step == progress.step:
+            return
+        self.step = progress.step
+        failed = self._attempt(progress, guard, at_once)
+        if not at_once:
+            return  # pending() sees whether it could be written
+        self.failed = self.ranks.any(failed)
+        if self.failed and self.config.save_retry_minutes and not self.gave_up:
+            self._keep_trying(progress, guard)
+
+    def _attempt(self, progress: Progress, guard: Guard, at_once: bool) -> bool:
+        """Whether a save failed. All ranks gather the tensors."""
+        self.outputs.flush()
+        extra = {"wandb_id": self.outputs.wandb_id}
+        self.tried, self.due = time.monotonic(), False
+        job, config, engine = self.job, self.config, self.engine
+        return not save(job, config, engine, self.writer, progress, guard, extra, at_once)
+
+    def _settle(self, progress: Progress) -> None:
+        """Wait for a checkpoint that is being written, and forget it if the disk refused it."""
+        self.writer.wait()
+        if self.ranks.any(self.writer.failing_since is not None):
+            self.step, progress.best = None, self.best
+        else:
+            self.best = progress.best
+
+    def _keep_trying(self, progress: Progress, guard: Guard) -> None:
+        """Repeat the last save until it succeeds, the time is over or a signal arrives."""
+        minutes, master = self.config.save_retry_minutes, self.ranks.rank == 0
+        ends = time.monotonic() + 60 * minutes
+        self.ranks.say(
+            f"waiting for space in {self.config.output_dir}: the last step is saved as soon as "
+            f"possible, in the next {minutes:g} minutes; Ctrl-C or SIGTERM ends the wait"
+        )
+        time.sleep(POLL_S)  # in which a signal is still the one that stopped the run, passed on
+        with StopRequest() as enough:
+            while self.failed:
+                time.sleep(POLL_S)
+                now = time.monotonic()
+                over = master and now > ends
+                retry = over or (master and now - self.tried > RETRY_S)
+                mine = {"over": over, "retry": retry, "enough": bool(enough)}
+                everyone = self.ranks.gather(mine)
+                if any(rank["enough"] for rank in everyone):
+                    return
+                if everyone[0]["retry"]:
+                    self.failed = self.ranks.any(self._attempt(progress, guard, at_once=True))
+                if everyone[0]["over"]:
+                    return
+
+
 # --------------------------------------------------------------------------------- resuming
 
 
-def open_run(job, config, ranks, stack) -> tuple[dict, dict | None]:
+def open_run(job, config, ranks, begin_afresh) -> tuple[dict, dict | None]:
     """
     (state, tensors) of the checkpoint to resume, ({}, {}) to begin; other ranks get no tensors.
 
-    The run folder is claimed until `stack` closes. Raises ValueError if there is too little memory
-    or disk, the folder cannot be had, or the checkpoint does not fit. Ranks exchange.
+    begin_afresh: as check_start returned it. Raises ValueError if there is too little memory or
+    disk, or the checkpoint does not fit. Ranks exchange.
     """
     run_dir, afresh = Path(config.output_dir), config.resume == "never"
     state = tensors = None
@@ -95,7 +202,8 @@ def open_run(job, config, ranks, stack) -> tuple[dict, dict | None]:
         if ranks.rank == 0:
             n_bytes = checkpoint_bytes(job, config)
             run_folder.enough_disk(run_dir, n_bytes, config.keep_last, afresh)
-            stack.enter_context(run_folder.claimed(run_dir, afresh))
+            if afresh:
+                begin_afresh()
             state = tensors = {}
             if found := find_checkpoint(config, run_dir, job.checkpoint_name):
                 state, tensors = read_checkpoint(found, job)
@@ -112,14 +220,9 @@ def find_checkpoint(config, run_dir: Path, name: str) -> Path | None:
     own = None
     if checkpoint.list_checkpoints(run_dir, name):
         own = checkpoint.newest_checkpoint(run_dir, name)
-    if config.resume in ("auto", "never"):
+    path = path_to_resume(config)
+    if path is None:
         return own
-    path = Path(config.resume)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"--resume: {path} does not exist; give a run folder or a checkpoint folder, "
-            "or leave it out"
-        )
     wanted = checkpoint.newest_checkpoint(path)
     if own and own.resolve() != wanted.resolve():  # so that the same command resumes after a stop
         print(
@@ -130,14 +233,25 @@ def find_checkpoint(config, run_dir: Path, name: str) -> Path | None:
     return own or wanted
 
 
-def read_checkpoint(folder: Path, job) -> tuple[dict, dict]:
-    """
-    (state, tensors of model and optimizer) of a verified checkpoint of the same job.
+def path_to_resume(config) -> Path | None:
+    """The path that --resume names; None for auto and never. Raises FileNotFoundError."""
+    if config.resume in ("auto", "never"):
+        return None
+    path = Path(config.resume)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"--resume: {path} does not exist; give a run folder or a checkpoint folder, "
+            "or leave it out"
+        )
+    return path
 
-    Raises ValueError if it is of another family, model, tokenizer or row length, or if a weight is
-    missing, unknown or of another shape.
+
+def check_state(folder: Path, state: dict, job) -> None:
     """
-    weights, state = checkpoint.load_checkpoint(folder)
+    Raises ValueError if the state of a checkpoint is of another family, model or tokenizer.
+
+    The vocabulary of a draft (see start.py) whose tokenizer is not known is not compared.
+    """
     family = state.get("family") or SCRIPTS.get(state.get("script"))
     if family is None:
         raise ValueError(
@@ -160,18 +274,30 @@ def read_checkpoint(folder: Path, job) -> tuple[dict, dict]:
         )
     now, then = job.facts["model_config"], state["model_config"]
     # an older version knew fewer settings; the shapes of the weights are compared below
-    names = sorted({*then} - {"dropout"})
+    tokenizer = job.facts["tokenizer"]
+    names = sorted({*then} - ({"dropout"} if tokenizer else {"dropout", "vocab_size"}))
     differs = [f"{n} {then[n]} then, {now.get(n)} now" for n in names if then[n] != now.get(n)]
     if differs:
         raise ValueError(
             f"{folder}: is of another model ({'; '.join(differs)}); "
             "give the same model flags, or another --run_name"
         )
-    if state["tokenizer"] != job.facts["tokenizer"]:
+    if tokenizer and state["tokenizer"] != tokenizer:
         raise ValueError(
             f"{folder}: was trained with another --tokenizer, whose ids mean other text; "
             "give the same one, or another --run_name"
         )
+
+
+def read_checkpoint(folder: Path, job) -> tuple[dict, dict]:
+    """
+    (state, tensors of model and optimizer) of a verified checkpoint of the same job.
+
+    Raises ValueError if it is of another family, model, tokenizer or row length, or if a weight is
+    missing, unknown or of another shape.
+    """
+    weights, state = checkpoint.load_checkpoint(folder)
+    check_state(folder, state, job)
     own = job.weights(job.model)
     check_names(folder / job.weights_file, set(weights), set(own), "model")
     for name, tensor in weights.items():

@@ -17,7 +17,9 @@ from parts.storage.run_folder import clear_leftovers
 MAY_BE_ZERO = (
     "dropout",
     "max_grad_norm",
+    "max_unsaved_minutes",
     "min_lr",
+    "save_retry_minutes",
     "seed",
     "spike_zscore",
     "warmup_ratio",
@@ -25,6 +27,7 @@ MAY_BE_ZERO = (
     "weight_decay",
 )
 BELOW_ONE = ("dropout", "warmup_ratio")
+LENGTH = ("max_steps", "min_lr", "warmup_steps")  # what resolve_length fills in
 
 
 def check_settings(config) -> None:
@@ -63,7 +66,8 @@ def check_resumed(state: dict, config, facts: dict, rows_per_step: int) -> None:
     """
     Raises ValueError listing every setting that differs from the checkpoint's and may not.
 
-    state: a checkpoint's; config: of this attempt, resolved but for the length; facts: the job's.
+    state: a checkpoint's; config: of this attempt; facts: the job's. Of a draft (see start.py),
+    whose "data" is None, text and length are not compared as long as they depend on the text.
     """
     allowed = allowed_changes(config)
     if "max_lr" in allowed:
@@ -72,7 +76,8 @@ def check_resumed(state: dict, config, facts: dict, rows_per_step: int) -> None:
     # a setting that an older version did not have was at its default
     saved = {**asdict(type(config)()), **state["config"]}
     model_config = facts["model_config"]
-    if state["data"] != facts["data"]:
+    is_draft = facts["data"] is None
+    if not is_draft and state["data"] != facts["data"]:
         changed = [name for name in config.IN_DATA if saved.get(name) != getattr(config, name)]
         names = changed or list(config.IN_DATA[:1]) or ["data"]
         differs += [f"{name} (other text)" for name in names if name not in allowed]
@@ -81,6 +86,8 @@ def check_resumed(state: dict, config, facts: dict, rows_per_step: int) -> None:
             continue
         if name in model_config and name != "dropout":
             continue  # compared with the model
+        if is_draft and name in LENGTH and (value is None or config.n_epochs is not None):
+            continue
         differs.append(f"{name} {saved.get(name)} then, {value} now")
     resized = rows_per_step != state["rows_per_step"]
     if resized and not {"batch_size", "grad_accum_steps"} & set(allowed):
@@ -94,7 +101,7 @@ def check_resumed(state: dict, config, facts: dict, rows_per_step: int) -> None:
             f"{state['folder']}: other settings than now: {'; '.join(differs)}; "
             f"give the same ones, or --allow_change {names}"
         )
-    if state["step"] > config.max_steps:
+    if config.max_steps is not None and state["step"] > config.max_steps:
         raise ValueError(
             f"--max_steps: {config.max_steps} is before step {state['step']} of {state['folder']}; "
             "give a larger number, or another --run_name"
