@@ -32,7 +32,7 @@ with app.setup:
     from parts.base.files import make_folder, read_json, write_file
     from parts.base.units import format_duration
     from parts.cli.launch import BAD_INPUT, error_line
-    from parts.data.corpus import python_docs
+    from parts.data.python_docs import python_docs
     from parts.model.families import FAMILIES, config_of, shape_of_size
     from parts.report import figures, interpret
     from parts.storage.checkpoint import list_checkpoints

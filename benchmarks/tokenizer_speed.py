@@ -17,7 +17,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from parts.data.corpus import python_docs
+from parts.data.python_docs import python_docs
 from parts.data.tokenizers import Tokenizer, byte_tokenizer, gpt2_tokenizer, train_bpe
 
 

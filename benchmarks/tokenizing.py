@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from parts.data.corpus import python_docs
+from parts.data.python_docs import python_docs
 from parts.data.shards import HEADER_BYTES
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -81,7 +81,7 @@ def test_a_signal_before_torch_is_there_has_its_exit_code(home, name):
         ({"device": "cuda:9"}, "--device"),
         ({"batch_size": 100_000, "max_steps": "None"}, "fewer than one step"),
         ({"keep_last": 1_000_000_000}, "the disk has"),
-        ({"val_share": 1e-9}, "--val_share"),
+        ({"val_share": 0}, "--val_share"),
         ({"output_dir": "data/train.jsonl"}, "data/train.jsonl"),
         ({"output_dir": "/proc/nope"}, "/proc/nope"),
         ({"output_dir": "."}, "current folder"),

@@ -324,7 +324,7 @@ def test_one_row_that_does_not_fit_ends_the_run(home, monkeypatch):
 
 def test_windows_that_are_skipped_come_in_no_batch(home):
     class Text:
-        folder, tokens = "text", [np.arange(3301)]
+        folder, tokens, masks = "text", [np.arange(3301)], ()
 
         def check(self, *_):
             """As it was written."""

@@ -292,6 +292,10 @@ def test_no_mirror_has_a_step_twice_after_the_run_rolled_back(tmp_path, monkeypa
     accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator"
     ).EventAccumulator
+    # files of one second are read in the order of their names, which end with this number
+    numbers = itertools.count(1000)
+    uid = "tensorboard.summary.writer.event_file_writer._global_uid.get"
+    monkeypatch.setattr(uid, lambda: next(numbers))
     fake = FakeWandb()
     with_wandb(tmp_path, monkeypatch, fake).close()
     facts = {"project": "p", "name": "n", "run_id": "0", "config": {}, "folder": tmp_path}

@@ -69,8 +69,15 @@ def open_standard_streams() -> None:
             mode = "r" if number == 0 else "w"
             stream = open(number, mode, encoding="utf-8", errors="replace")  # noqa: SIM115
             setattr(sys, name, stream)
-        elif number and stat.S_ISREG(os.fstat(number).st_mode):
+        elif number and _is_log(getattr(sys, name), number):
             setattr(sys, name, _of_log(getattr(sys, name), number))
+
+
+def _is_log(stream, number: int) -> bool:
+    """Whether a stream is that file descriptor, and this a file."""
+    with contextlib.suppress(OSError, ValueError):  # a stream in memory has no descriptor
+        return stream.fileno() == number and stat.S_ISREG(os.fstat(number).st_mode)
+    return False
 
 
 class _LogFile(io.FileIO):
