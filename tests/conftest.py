@@ -100,6 +100,8 @@ FULL = {
         "test_a_job_is_trained_without_the_mirrors_of_its_metrics",
         "test_a_package_that_every_run_needs_is_named_in_one_line",
         "test_a_vocabulary_that_needs_tiktoken_says_so_in_one_line",
+        "test_local_text_is_tokenised_and_trained_on_without_datasets",
+        "test_what_needs_pyarrow_or_datasets_says_so_in_one_line",
     ),
     "test_plan.py": ("test_memory_and_files_of_a_run_are_those_planned",),
     "test_prep.py": ("test_memory_does_not_grow_with_the_number_of_files",),
@@ -110,6 +112,14 @@ FULL = {
     ),
     "test_readme.py": ("test_the_second_command_finds_the_tests",),
     "test_shards_build.py": ("test_memory_of_a_build_does_not_grow_with_the_text",),
+    "test_readers.py": (
+        "test_a_parquet_column_of_another_type_exits_with_2_every_time",
+        "test_damaged_gzip_data_is_one_line_with_the_file",
+    ),
+    "test_sources.py": (
+        "test_simple_tokenize_gutenberg_and_eval_agree_on_odd_folders",
+        "test_a_file_that_is_no_text_is_refused_with_what_would_read_it",
+    ),
     "test_saves.py": (
         "test_ranks_wait_together_for_a_disk_that_is_full",
         "test_a_signal_to_one_rank_ends_the_wait_of_all",
@@ -144,6 +154,9 @@ KEPT = (
     "test_in_and_out_and_in_again_has_the_same_bits[llama-dtype0-5GB]",
     "test_bad_input_is_one_line_and_leaves_no_run_folder",
     "test_without_tqdm_and_matplotlib_a_run_is_complete_but_for_its_plot[missing-packages0]",
+    "test_local_text_is_tokenised_and_trained_on_without_datasets[a.txt-missing]",
+    "test_damaged_gzip_data_is_one_line_with_the_file[cut]",
+    "test_a_file_that_is_no_text_is_refused_with_what_would_read_it[a.csv]",
     "test_a_package_that_every_run_needs_is_named_in_one_line[torch-without its library]",
     "test_a_package_that_every_run_needs_is_named_in_one_line[tyro-without its library]",
     "test_a_gradient_that_is_not_finite_is_left_out_and_told",
