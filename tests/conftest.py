@@ -88,6 +88,12 @@ FULL = {
         "test_a_vocabulary_of_ordinary_text_is_the_one_of_the_library",
         "test_the_library_of_hugging_face_encodes_a_long_run_in_seconds",
     ),
+    "test_nf4.py": (
+        "test_codes_are_those_of_bitsandbytes_to_the_bit",
+        "test_every_level_and_every_boundary_between_two_is_coded_as_in_bitsandbytes",
+        "test_the_error_is_not_above_that_of_bitsandbytes",
+        "test_a_compiled_block_is_one_graph_with_the_same_results",
+    ),
     "test_notebook.py": (
         "test_settings_name_the_run_and_a_training_that_fails_tells_its_error_line",
     ),
