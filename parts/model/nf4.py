@@ -166,11 +166,15 @@ def quantise_linears(model, within) -> list[str]:
 
 
 def linears(model, within, kinds) -> dict[str, nn.Module]:
-    """{name: layer} of the layers of these classes inside the blocks of class `within`."""
+    """
+    {name: layer} of the layers of these classes inside the blocks of class `within`.
+
+    The thin layers of adapters (parts/model/lora.py) are not among them.
+    """
     blocks = [module for module in model.modules() if isinstance(module, within)]
     inside = {id(module) for block in blocks for module in block.modules()}
-    named = model.named_modules()
-    return {name: m for name, m in named if id(m) in inside and isinstance(m, kinds)}
+    found = {n: m for n, m in model.named_modules() if id(m) in inside and isinstance(m, kinds)}
+    return {name: m for name, m in found.items() if not name.endswith((".lora_A", ".lora_B"))}
 
 
 def replace_module(model, name: str, module: nn.Module) -> None:
