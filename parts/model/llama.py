@@ -28,7 +28,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from parts.model.cpu_products import Linear, attend, product
+from parts.model.cpu_products import Linear, attend, product, product_dtype
 from parts.model.kv_cache import LayerCache
 from parts.model.losses import cross_entropy_of_head
 
@@ -163,7 +163,7 @@ class Attention(nn.Module):
     def forward(self, x, rotation, mask, cache: LayerCache | None = None):
         """x (B, T, C) -> (B, T, C). With a cache, x has only positions after the cached ones."""
         B, T, _ = x.shape
-        x = _for_products(x)
+        x = x.to(product_dtype(x))  # once; autocast would keep a copy for each product
         q, k, v = [
             projection(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H or K, T, D)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -187,14 +187,8 @@ class MLP(nn.Module):
 
     def forward(self, x):
         """x (B, T, C) -> (B, T, C), each position by itself."""
-        x = _for_products(x)
+        x = x.to(product_dtype(x))  # once; autocast would keep a copy for each product
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-def _for_products(x):
-    """x in the dtype of matrix products, cast once; autocast would keep a copy for each product."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 class LlamaBlock(nn.Module):

@@ -16,6 +16,8 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from parts.model.cpu_products import product_dtype
+
 HELD = 2**25  # logits that a CPU holds at once
 IN_CACHE = 2**22  # of these, how many go through the softmax at once
 TILE = 4096  # rows of the head whose gradient is added at once
@@ -38,7 +40,7 @@ def cross_entropy_of_head(hidden, weight, targets, bias=None):
     autocast the products are in its dtype; the softmax is always in fp32. Equals F.cross_entropy of
     the whole logits, to rounding. It can be differentiated once.
     """
-    dtype = _product_dtype(hidden)
+    dtype = product_dtype(hidden)
     if not torch.is_grad_enabled():  # which an autograd.Function does not see in its inputs
         hidden, weight = hidden.detach(), weight.detach()
         bias = bias if bias is None else bias.detach()
@@ -72,11 +74,6 @@ def _at_once(N: int, V: int, on_cpu: bool) -> tuple[int, int]:
     at_most = max(1, HELD_ON_GPU // V)
     rows = min(N, 1 << (at_most.bit_length() - 1))  # a power of two: all pieces have one shape
     return rows, rows
-
-
-def _product_dtype(hidden) -> torch.dtype:
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def _padded(head, dtype):
