@@ -283,7 +283,8 @@ def load_hub(name: str, subset: str | None, streaming: bool, flag: str = "--data
         options = {"split": "train", "streaming": streaming, "revision": revision}
         stream = datasets.load_dataset(name, subset, **options)
     except ValueError as e:  # an unknown subset: the library lists the known ones
-        raise ValueError(f"--dataset_subset: {subset!r} of {name}: {e}") from e
+        where = f"--dataset_subset: {subset!r} of {name}" if subset else f"{flag}: {name}"
+        raise ValueError(f"{where}: {one_line(e, 300)}") from e
     except Exception as e:  # noqa: BLE001  the hub's client raises errors of its http library
         why = one_line(e, 150)
         what = f"{name} is not a local path, and the hub did not provide it ({why})"

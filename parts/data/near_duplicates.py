@@ -32,10 +32,11 @@ def sketch(text: str, size: int = SKETCH_SIZE) -> np.ndarray:
     """
     words = " ".join(re.findall(r"[^\W_]+", text.lower())).encode(errors="replace").split()
     words = np.fromiter(map(zlib.crc32, words), dtype=np.uint64)
-    runs = np.zeros(max(len(words) - 4, 0), dtype=np.uint64)
+    n_runs = max(len(words) - 4, 0)
+    runs = np.zeros(n_runs, dtype=np.uint64)
     with np.errstate(over="ignore"):
         for i in range(5):
-            runs = (runs ^ words[i : len(words) - 4 + i]) * np.uint64(0x9E3779B97F4A7C15)
+            runs = (runs ^ words[i : i + n_runs]) * np.uint64(0x9E3779B97F4A7C15)
             runs ^= runs >> np.uint64(29)
     return np.unique(runs)[:size]
 

@@ -8,7 +8,8 @@ Code files of q and k in, training and test rows out: what run_pretraining.py re
 
 writes into --output_dir, each as VARIANT_train.jsonl and VARIANT_test.jsonl,
 
-    raw                   {repo, path, license, text}: everything but exact repeats
+    raw                   {repo, path, license, text}: everything but exact repeats;
+                          near duplicates may be on both sides
     filtered              of raw: at least 50 bytes, no line over 1,000 characters, paired brackets,
                           and no near duplicate of an earlier row
     described_filtered    of filtered: {repo, path, license, prompt, completion}; the prompt is the
@@ -59,7 +60,7 @@ WORK = ".preparing.part"  # folder for what is not complete
 MIN_BYTES = 50
 MAX_LINE_CHARS = 1000
 ALIKE = 0.8  # share of runs of five words in common from which a file is a near duplicate
-SKETCH_SIZE = 1024  # files with fewer runs of words, 98 % of real ones, are compared exactly
+SKETCH_SIZE = 1024  # files with fewer runs of words, 90 % of real ones, are compared exactly
 
 
 @dataclass
@@ -301,7 +302,7 @@ def _write_raw(config: PrepareConfig, licences: dict, path: Path) -> tuple[list,
 
 
 def _own_paths(config: PrepareConfig) -> set[Path]:
-    """Absolute paths of what is written, which may lie in --input. Raises ValueError for --input."""
+    """Absolute paths of what is written. Raises ValueError if --input is one of them."""
     names = [f"{variant}_{side}.jsonl" for variant in VARIANTS for side in SIDES]
     folder = Path(config.output_dir).absolute()
     paths = {folder / name for name in (*names, "report.json", WORK)}

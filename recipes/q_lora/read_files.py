@@ -53,11 +53,13 @@ def _found(name: str, extensions, leave_out, not_read: Counter):
     """(where it is, for messages; row as it stands there) of everything that is to be read."""
     root = Path(name)
     ends = {f".{end.lower().lstrip('.')}" for end in extensions}
+    fix = "give a folder of code files, a jsonl file, or a name on the hub"
+    if not name:
+        raise ValueError(f"--input: is empty; {fix}")
     if not os.path.lexists(root):
         looks_local = sources.kind_of(root) or root.suffix.lower() in ends
         if looks_local or not HUB_NAME.fullmatch(name):
-            fix = "give a folder of code files, a jsonl file, or a name on the hub"
-            raise FileNotFoundError(f"--input: {name or 'the name'} does not exist; {fix}")
+            raise FileNotFoundError(f"--input: {name} does not exist; {fix}")
         with corpus.named_errors(name):
             stream = corpus.load_hub(name, None, streaming=True, flag="--input")
             yield from ((f"{name}: row {n:,}", row) for n, row in enumerate(stream, 1))
