@@ -53,6 +53,7 @@ from parts.cli.launch import error_line, print_notes, run_script
 from parts.cli.progress_bar import tqdm
 from parts.data import corpus, gutenberg, shard_writer, shards, sources, tokenizers
 from parts.data.archives import extract_archive, is_archive
+from parts.data.near_duplicates import NearDuplicates, sketch
 from parts.data.python_docs import python_docs
 from parts.data.tokenizers import Tokenizer, byte_tokenizer, gpt2_tokenizer, make_tokenizer
 
@@ -248,7 +249,7 @@ def clean_book(path: Path, strip: bool, unwrap: bool) -> dict:
     if reason:
         return {"status": "not a book", "reason": reason, **facts}
     language = gutenberg.language_of(text, raw)
-    return {"text": text, "sketch": gutenberg.sketch(text), "language": language, **facts}
+    return {"text": text, "sketch": sketch(text), "language": language, **facts}
 
 
 def _leave_signals_to_the_parent() -> None:
@@ -403,7 +404,7 @@ def _combine(config: GutenbergConfig, work: Path, files: dict, rows: list, n_wor
 
     Appends one row of the report per file to `rows`.
     """
-    editions = gutenberg.Editions()
+    editions = NearDuplicates()
     out, n, size = None, 0, 0
     interval_s = 0.1 if sys.stderr.isatty() else 30
     bar = tqdm(total=len(files), desc="cleaning", unit="book", mininterval=interval_s)

@@ -121,6 +121,11 @@ FULL = {
         "test_every_real_book_keeps_both_boundary_phrases",
         "test_repetitive_text_takes_no_quadratic_time",
     ),
+    "test_q_data.py": (
+        "test_near_duplicates_of_real_files_are_those_of_all_pairs",
+        "test_the_same_input_gives_the_same_bytes_also_with_the_result_inside_it",
+        "test_memory_does_not_grow_with_the_texts",
+    ),
     "test_readme.py": ("test_the_second_command_finds_the_tests",),
     "test_shards_build.py": ("test_memory_of_a_build_does_not_grow_with_the_text",),
     "test_readers.py": (

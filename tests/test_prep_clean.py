@@ -12,6 +12,7 @@ from conftest import SHARED, shared
 from prep_cases import END, HEADER, PROSE, START
 
 from parts.data import gutenberg as G
+from parts.data.near_duplicates import resemblance, sketch
 from prep_dataset import GutenbergConfig, prepare_gutenberg
 
 
@@ -176,7 +177,7 @@ def test_repetitive_text_takes_no_quadratic_time(repeated):
     text = G.normalise(G.strip_boilerplate(book).text)
     G.why_no_book(text)
     G.language_of(text)
-    G.sketch(text)
+    sketch(text)
     assert time.process_time() - started < 10
 
 
@@ -454,10 +455,10 @@ def test_why_a_text_is_no_book(text, why):
 
 def test_resemblance_ignores_case_punctuation_and_line_breaks():
     words = [f"word{n}" for n in random.Random(0).choices(range(1000), k=3000)]
-    book = G.sketch(" ".join(words))
-    same = G.sketch("\n".join(w.upper() + "," for w in words))
-    backwards = G.sketch(" ".join(words[::-1]))
-    half = G.sketch(" ".join(words[:1500] + [f"x{w}" for w in words[:600]]))
-    assert G.resemblance(book, same) == 1
-    assert G.resemblance(book, backwards) < 0.1
-    assert 0.3 < G.resemblance(book, half) < 0.8
+    book = sketch(" ".join(words))
+    same = sketch("\n".join(w.upper() + "," for w in words))
+    backwards = sketch(" ".join(words[::-1]))
+    half = sketch(" ".join(words[:1500] + [f"x{w}" for w in words[:600]]))
+    assert resemblance(book, same) == 1
+    assert resemblance(book, backwards) < 0.1
+    assert 0.3 < resemblance(book, half) < 0.8

@@ -201,7 +201,7 @@ class Corpus:
 
     def _open_hub(self, title: str, subset: str | None, streaming: bool, limited: bool):
         """The column with the text of a dataset on the hub, as a stream of {"text"}."""
-        stream = self._load_hub(subset, streaming)
+        stream = load_hub(self.name, subset, streaming)
         if streaming and not limited:
             # splits it by row groups; asks for the end of every file, too slow for a first look
             stream = stream.reshard()
@@ -220,34 +220,6 @@ class Corpus:
         self.columns.append(field)
         stream = stream.select_columns([field])
         return stream if field == "text" else stream.rename_column(field, "text")
-
-    def _load_hub(self, subset: str | None, streaming: bool):
-        """One subset of a dataset on the hub as a stream of rows."""
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-        try:
-            import datasets
-            import huggingface_hub
-        except Exception as e:  # noqa: BLE001  a broken package may raise anything
-            what = f"{self.name} is not a local path, and the hub needs the package datasets"
-            fix = "pip install datasets"
-            raise ValueError(f"--dataset_name: {what} ({one_line(e, 150)}); {fix}") from e
-        # if True, the first row imports torch only to ask whether it is in a DataLoader
-        datasets.config.TORCH_AVAILABLE = "torch" in sys.modules
-        try:
-            # Asked first: without a network it fails at once. The revision is fixed, so that a
-            # build that resumes later reads the same data.
-            revision = huggingface_hub.HfApi().dataset_info(self.name, timeout=HUB_TIMEOUT_S).sha
-            options = {"split": "train", "streaming": streaming, "revision": revision}
-            stream = datasets.load_dataset(self.name, subset, **options)
-        except ValueError as e:  # an unknown subset: the library lists the known ones
-            raise ValueError(f"--dataset_subset: {subset!r} of {self.name}: {e}") from e
-        except Exception as e:  # noqa: BLE001  the hub's client raises errors of its http library
-            why = one_line(e, 150)
-            what = f"{self.name} is not a local path, and the hub did not provide it ({why})"
-            folder = f"./{self.name}/{subset or ''}"
-            fix = f"put its files into {folder} (parquet or jsonl), or give a folder or a file"
-            raise ValueError(f"--dataset_name: {what}; {fix}") from e
-        return stream if streaming else stream.to_iterable_dataset(num_shards=64)
 
     def chunks(self, state):
         """
@@ -287,6 +259,39 @@ class Corpus:
     def notes(self) -> list[str]:
         """Lines about rows that were not read as their author may have meant them."""
         return self.counts.notes(self.name, self.n_empty)
+
+
+def load_hub(name: str, subset: str | None, streaming: bool, flag: str = "--dataset_name"):
+    """
+    The split `train` of a dataset on the hub as a stream of rows; `flag` is for messages.
+
+    Raises ValueError if it is not there, or there is no network.
+    """
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    try:
+        import datasets
+        import huggingface_hub
+    except Exception as e:  # noqa: BLE001  a broken package may raise anything
+        what = f"{name} is not a local path, and the hub needs the package datasets"
+        raise ValueError(f"{flag}: {what} ({one_line(e, 150)}); pip install datasets") from e
+    # if True, the first row imports torch only to ask whether it is in a DataLoader
+    datasets.config.TORCH_AVAILABLE = "torch" in sys.modules
+    try:
+        # Asked first: without a network it fails at once. The revision is fixed, so that a
+        # build that resumes later reads the same data.
+        revision = huggingface_hub.HfApi().dataset_info(name, timeout=HUB_TIMEOUT_S).sha
+        options = {"split": "train", "streaming": streaming, "revision": revision}
+        stream = datasets.load_dataset(name, subset, **options)
+    except ValueError as e:  # an unknown subset: the library lists the known ones
+        where = f"--dataset_subset: {subset!r} of {name}" if subset else f"{flag}: {name}"
+        raise ValueError(f"{where}: {one_line(e, 300)}") from e
+    except Exception as e:  # noqa: BLE001  the hub's client raises errors of its http library
+        why = one_line(e, 150)
+        what = f"{name} is not a local path, and the hub did not provide it ({why})"
+        folder = f"./{name}/{subset or ''}"
+        fix = f"put its files into {folder} (parquet or jsonl), or give a folder or a file"
+        raise ValueError(f"{flag}: {what}; {fix}") from e
+    return stream if streaming else stream.to_iterable_dataset(num_shards=64)
 
 
 @contextlib.contextmanager

@@ -21,10 +21,7 @@ import bisect
 import contextlib
 import itertools
 import re
-import zlib
 from dataclasses import dataclass, field
-
-import numpy as np
 
 from parts.data.readers import why_binary
 
@@ -433,63 +430,3 @@ def why_no_book(text: str) -> str | None:
     if share + share_of_marks < 0.6:
         return f"only {share:.0%} of its characters are letters"
     return None
-
-
-# ------------------------------------------------------------------------------------ duplicates
-
-SKETCH_SIZE = 256
-
-
-def sketch(text: str) -> np.ndarray:
-    """
-    The SKETCH_SIZE smallest hashes of the text's runs of five words, sorted, uint64.
-
-    The share that two sketches have in common estimates how much of the texts is the same. Case,
-    punctuation and line breaks do not matter. Source: Broder 1997, "On the resemblance and
-    containment of documents".
-    """
-    words = " ".join(re.findall(r"[^\W_]+", text.lower())).encode().split()
-    words = np.fromiter(map(zlib.crc32, words), dtype=np.uint64)
-    runs = words[: max(len(words) - 4, 0)].copy()
-    with np.errstate(over="ignore"):
-        for i in range(1, 5):
-            runs = (runs ^ words[i : len(words) - 4 + i]) * np.uint64(0x9E3779B97F4A7C15)
-            runs ^= runs >> np.uint64(29)
-    if len(runs) > 4 * SKETCH_SIZE:  # repeated runs count once, so keep more than SKETCH_SIZE
-        runs = np.partition(runs, 4 * SKETCH_SIZE)[: 4 * SKETCH_SIZE]
-    return np.unique(runs)[:SKETCH_SIZE]
-
-
-def resemblance(a: np.ndarray, b: np.ndarray) -> float:
-    """Estimated share, 0 to 1, of runs of five words that two texts have in common (Jaccard)."""
-    union = np.union1d(a, b)[:SKETCH_SIZE]
-    return float(np.isin(union, np.intersect1d(a, b)).mean()) if len(union) else 0.0
-
-
-class Editions:
-    """
-    The books kept so far, and whether one more is another edition of one of them.
-
-    Takes 2 KB per book and finds candidates by their 16 smallest hashes, so that tens of thousands
-    of books are no problem.
-    """
-
-    def __init__(self, alike: float = 0.6):
-        # different books share almost no runs of five words, editions of one book share most
-        self.alike = alike
-        self._sketches: dict[str, np.ndarray] = {}
-        self._first_with: dict[int, str] = {}
-
-    def twin_of(self, book: np.ndarray) -> tuple[str, float] | None:
-        """(name, resemblance) of a kept book that is the same as a sketched one, or None."""
-        known = [self._first_with[h] for h in book[:16].tolist() if h in self._first_with]
-        candidates = dict.fromkeys(known)
-        found = [(name, resemblance(book, self._sketches[name])) for name in candidates]
-        best = max(found, key=lambda pair: pair[1], default=None)
-        return best if best and best[1] >= self.alike else None
-
-    def add(self, name: str, book: np.ndarray) -> None:
-        """Remember the sketch of a kept book."""
-        self._sketches[name] = book
-        for h in book[:16].tolist():
-            self._first_with.setdefault(h, name)

@@ -131,7 +131,7 @@ def _open(path: Path):
 def _json_columns(path: Path, wanted: tuple) -> dict:
     """The columns of the rows up to the first that has a wanted one."""
     columns = {}
-    for n, row in _json_rows(path, 0):
+    for n, row in json_rows(path, 0):
         columns |= dict.fromkeys(row)
         for name in wanted:
             if name in row:
@@ -147,15 +147,18 @@ def _check_type(path: Path, n: int, field: str, value) -> None:
 
 def _read_json(path: Path, _, field: str, skip: int):
     """Yield (number of rows so far, text or None)."""
-    for n, row in _json_rows(path, skip):
+    for n, row in json_rows(path, skip):
         text = row.get(field)
         if text is not None and type(text) is not str:
             _check_type(path, n, field, text)
         yield n, text
 
 
-def _json_rows(path: Path, skip: int):
-    """Yield (n, row): of lines, n is the line; of an array, the element. Raises ValueError."""
+def json_rows(path: Path, skip: int = 0):
+    """
+    Yield (n, row as a dict) after the first `skip`: of lines, n is the line; of an array, the
+    element. Numbers are floats. Raises ValueError that names the file and n.
+    """
     n = 0
     try:
         with _open(path) as f:
