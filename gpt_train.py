@@ -482,8 +482,12 @@ def _write_image(path: Path, draw, *arguments) -> Path | None:
     return path
 
 
-def plot_run(run_dir, vocab_size: int | None = None) -> None:
-    """Draw RUN_DIR/loss.png from its metrics.jsonl, at most two thousand points, or warn."""
+def plot_run(run_dir, vocab_size: int | None = None, folder=None) -> None:
+    """
+    Draw loss.png from a run's metrics.jsonl, at most two thousand points, or warn.
+
+    folder: where it goes; None: the run folder.
+    """
     n = sum(1 for _ in read_metrics(run_dir))
     every = n // 2000 + 1
     records = enumerate(read_metrics(run_dir))
@@ -493,7 +497,7 @@ def plot_run(run_dir, vocab_size: int | None = None) -> None:
     ]
     tokens = [t or 0 for t in tokens]
     uniform = math.log(vocab_size) if vocab_size else None
-    path = Path(run_dir) / "loss.png"
+    path = Path(folder or run_dir) / "loss.png"
     try:
         plot_losses(steps, tokens, train_losses, val_losses, path, uniform_loss=uniform)
     except OSError as e:

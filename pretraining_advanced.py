@@ -234,6 +234,9 @@ class Job:
     plan: Callable | None = None  # (Setting, memory in GB or None) -> (lines, whether it fits)
     dummy_batch: Callable | None = None  # (n_rows) -> a batch like any other, to measure a step
     text_log: str | None = None  # file in the run folder that gets every printed message
+    eval_log: str | None = None  # file in the run folder that gets all evaluations, as JSON
+    results: str = "."  # folder in the run folder that gets loss.png and samples.txt
+    run_files: dict = field(default_factory=dict)  # file name -> bytes, kept in the run folder
 
 
 @dataclass
@@ -530,7 +533,8 @@ def train(job: Job, config: RunConfig, engine: Engine, begin_afresh: Callable | 
             if last or requests.stop or time.monotonic() - plotted_at > 600:
                 outputs.flush()
                 if master:
-                    plot_run(run_dir, job.facts["model_config"].get("vocab_size"))
+                    V = job.facts["model_config"].get("vocab_size")
+                    plot_run(run_dir, V, run_dir / job.results)
                 plotted_at = time.monotonic()
             if last or requests.stop:
                 break

@@ -3,7 +3,6 @@ Matrix products and attention, the fastest way on CPUs; elsewhere they are torch
 
     Linear, product    products of a few rows, which is what sampling computes
     attend             attention in bf16, which is what training on a CPU computes
-    product_dtype      the number format of products, which autocast decides
 """
 
 from __future__ import annotations
@@ -49,12 +48,6 @@ def _multiplies_in_mkl(x, weight) -> bool:
     if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     return x.dtype == weight.dtype == torch.float32 and torch.backends.mkl.is_available()
-
-
-def product_dtype(x) -> torch.dtype:
-    """The dtype of matrix products with x: autocast's, or that of x."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def attends_in_products(device, dtype, T: int, dropout: float) -> bool:

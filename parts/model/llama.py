@@ -28,9 +28,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from parts.model.cpu_products import Linear, attend, product, product_dtype
+from parts.model.cpu_products import Linear, attend, product
 from parts.model.kv_cache import LayerCache
-from parts.model.losses import cross_entropy_of_head
+from parts.model.losses import cross_entropy_of_head, product_dtype
 
 
 @dataclass

@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from parts.model.cpu_products import product_dtype
+from parts.model.losses import product_dtype
 from parts.model.nf4 import NF4Linear, linears, replace_module
 
 KINDS = (nn.Linear, NF4Linear)  # layers that get an adapter

@@ -16,8 +16,6 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from parts.model.cpu_products import product_dtype
-
 HELD = 2**25  # logits that a CPU holds at once
 IN_CACHE = 2**22  # of these, how many go through the softmax at once
 TILE = 4096  # rows of the head whose gradient is added at once
@@ -74,6 +72,12 @@ def _at_once(N: int, V: int, on_cpu: bool) -> tuple[int, int]:
     at_most = max(1, HELD_ON_GPU // V)
     rows = min(N, 1 << (at_most.bit_length() - 1))  # a power of two: all pieces have one shape
     return rows, rows
+
+
+def product_dtype(x) -> torch.dtype:
+    """The dtype of matrix products with x: autocast's, or that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _padded(head, dtype):

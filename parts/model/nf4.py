@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from parts.model.cpu_products import product_dtype
+from parts.model.losses import product_dtype
 
 BLOCK = 64  # numbers that share a scale
 GROUP = 256  # scales that share a scale

@@ -43,7 +43,8 @@ def last_line(job, config, progress: Progress, run_dir: Path) -> str:
     """How the run ended, and what is in its folder."""
     step = progress.step
     folder = job.checkpoint_name.format(step=step)
-    files = f"{run_dir} has loss.png, samples.txt, metrics.jsonl, checkpoints/{folder}"
+    results = ", ".join(str(Path(job.results, name)) for name in ("loss.png", "samples.txt"))
+    files = f"{run_dir} has {results}, metrics.jsonl, checkpoints/{folder}"
     if step < config.max_steps:
         n = progress.stale_evaluations
         return f"stopped early at step {step}: no lower validation loss in {n} evaluations; {files}"

@@ -35,17 +35,20 @@ class Outputs:
         self.run_dir = Path(config.output_dir)
         self.master = ranks.rank == 0
         self.journal = self.wandb_id = None
+        self.samples_file = self.run_dir / job.results / "samples.txt"
+        self.eval_file = self.run_dir / job.eval_log if job.eval_log else None
         self.sampled = None  # step of the last sample, on rank 0
         self.samples = []  # not written yet, because the disk refused
         self.writer = Writer(checkpoint.save_checkpoint, self._not_saved)
         if not self.master:
             return
         self.wandb_id = start_run(self.run_dir, job, config, ranks)
+        self.evaluations = self._read_evaluations(step) if resumed and job.eval_log else {}
         ranks.text_log = self.run_dir / job.text_log if job.text_log else None
         if not resumed:
-            for name in ("metrics.jsonl", "samples.txt"):
-                (self.run_dir / name).unlink(missing_ok=True)
-        self.sampled = run_folder.trim_samples(self.run_dir / "samples.txt", step)
+            for path in (self.run_dir / "metrics.jsonl", self.samples_file):
+                path.unlink(missing_ok=True)
+        self.sampled = run_folder.trim_samples(self.samples_file, step)
         wandb = None
         if config.use_wandb:
             wandb = {"project": config.wandb_project, "name": config.run_name}
@@ -65,6 +68,25 @@ class Outputs:
         """Write the record of a step, or complete the one that is there."""
         if self.master:
             self.journal.write(record)
+            if self.eval_file and "val_loss" in record:
+                shown = {name: v for name, v in record.items() if name.startswith("val_")}
+                self.evaluations[record["step"]] = {"step": record["step"], **shown}
+                self._write_evaluations()
+
+    def _write_evaluations(self) -> None:
+        """Write job.eval_log; a full disk costs a warning, not the run."""
+        text = json.dumps(list(self.evaluations.values()), indent=1)
+        try:
+            write_file(self.eval_file, text.encode())
+        except OSError as e:
+            self.ranks.say(f"warning: {error_line(e)}")
+
+    def _read_evaluations(self, step: int) -> dict[int, dict]:
+        """{step: figures} of job.eval_log up to a step; a damaged file counts as none."""
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            found = json.loads(self.eval_file.read_text(encoding="utf-8"))
+            return {record["step"]: record for record in found if record["step"] <= step}
+        return {}
 
     def histograms(self, step: int) -> None:
         """Distributions of parameters and gradients, to wandb."""
@@ -76,7 +98,7 @@ class Outputs:
         if self.master:
             self.ranks.say(text.strip())
             self.samples.append(f"--- step {step}\n{text}\n")
-            append_lines(self.run_dir / "samples.txt", self.samples)
+            append_lines(self.samples_file, self.samples)
             self.sampled = step
 
     def rewind(self, step: int) -> None:
@@ -84,14 +106,16 @@ class Outputs:
         if self.master:
             self.journal.rewind(step)
             self.samples.clear()
-            self.sampled = run_folder.trim_samples(self.run_dir / "samples.txt", step)
+            if self.eval_file:
+                self.evaluations = self._read_evaluations(step)
+            self.sampled = run_folder.trim_samples(self.samples_file, step)
 
     def flush(self) -> None:
         """Write everything so far to the disk."""
         if self.master:
             self.journal.flush()
             if self.samples:
-                append_lines(self.run_dir / "samples.txt", self.samples)
+                append_lines(self.samples_file, self.samples)
 
     def close(self) -> None:
         """Finish writing checkpoints and metrics."""
@@ -126,7 +150,7 @@ class Outputs:
 
 
 def start_run(run_dir: Path, job, config, ranks: Ranks) -> str:
-    """Write run.json; returns wandb's id of the run, which a resumed run keeps."""
+    """Write run.json and job.run_files; returns wandb's id, which a resumed run keeps."""
     path, wandb_id = run_dir / "run.json", secrets.token_hex(4)
     with contextlib.suppress(ValueError, KeyError):
         wandb_id = str(read_json(path)["wandb_id"])
@@ -135,6 +159,13 @@ def start_run(run_dir: Path, job, config, ranks: Ranks) -> str:
     facts |= {**launch_facts(ranks.world, ranks.device), "wandb_id": wandb_id}
     try:
         write_file(path, json.dumps(facts, indent=1).encode())
+        for name, data in job.run_files.items():
+            write_file(run_dir / name, data)
+        for path in (
+            job.results,
+            *(Path(log).parent for log in (job.text_log, job.eval_log) if log),
+        ):
+            make_folder(run_dir / path)
     except OSError as e:
         raise ValueError(f"--output_dir: {error_line(e)}; choose a writable folder") from e
     return wandb_id

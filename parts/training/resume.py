@@ -14,6 +14,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from parts.base.text import one_line
 from parts.cli.launch import StopRequest
 from parts.storage import checkpoint, run_folder
 from parts.storage.checkpoint import OPTIMIZER_FILE
@@ -287,6 +288,13 @@ def check_state(folder: Path, state: dict, job) -> None:
             f"{folder}: was trained with another --tokenizer, whose ids mean other text; "
             "give the same one, or another --run_name"
         )
+    for name in sorted({*job.facts} - {"model_config", "tokenizer", "data"}):
+        if state.get(name) != job.facts[name]:
+            then, now = (one_line(value, 60) for value in (state.get(name), job.facts[name]))
+            raise ValueError(
+                f"{folder}: is of another {name} ({then} then, {now} now); "
+                "give the same one, or another --run_name"
+            )
 
 
 def read_checkpoint(folder: Path, job) -> tuple[dict, dict]:
