@@ -436,6 +436,17 @@ def sample_text(
     return [tokenizer.decode(row[: row.index(eot) if eot in row else None]) for row in rows]
 
 
+def sampler(tokenizer):
+    """(model, device, should_stop) -> a text: the samples of a training, always the same seed."""
+
+    def sample(model, device, should_stop) -> str:
+        options = {"temperature": 0.8, "top_k": 50, "seed": 0, "should_stop": should_stop}
+        options["stop_token"] = None  # under fsdp every rank calls the model equally often
+        return sample_text(model, tokenizer, device, **options)[0]
+
+    return sample
+
+
 def generate_and_print_sample(model, tokenizer, device, start_context="", **options) -> str:
     """Print one sample that continues `start_context`, and return its text."""
     options = {"max_new_tokens": 80, "temperature": 0.8, "top_k": 50, "seed": 0} | options

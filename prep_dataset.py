@@ -508,7 +508,8 @@ def prepare_tokens(config: TokenizeConfig, build: bool = True) -> Path:
         config.dataset_subset = config.dataset_subset or "cosmopedia-v2"
     _check_tokenize(config)
     target, facts = _token_folder(config, tokenizer_key)
-    print_notes(corpus.notes_of(name, config.dataset_subset))
+    if build:  # a draft or a plan only asks for the folder
+        print_notes(corpus.notes_of(name, config.dataset_subset))
     if target.exists() or not build:
         return target
     check_writable(target.parent, "--cache_dir")

@@ -38,7 +38,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from gpt_train import plot_run, sample_text
+from gpt_train import plot_run, sampler
 from parts.base.dtypes import DTYPES
 from parts.base.machine import (
     attention_kernel,
@@ -379,11 +379,6 @@ def gpt_job(config: TrainConfig, building) -> Job:
     if not text:
         return job
 
-    def sample(model, device, should_stop) -> str:
-        options = {"temperature": 0.8, "top_k": 50, "seed": 0, "should_stop": should_stop}
-        options["stop_token"] = None  # under fsdp every rank calls the model equally often
-        return sample_text(model, text.tokenizer, device, **options)[0]
-
     return replace(
         job,
         train_batches=TrainBatches(text.train, T, config.seed, V),
@@ -391,7 +386,7 @@ def gpt_job(config: TrainConfig, building) -> Job:
         facts=job.facts | text.facts,
         files=text.files,
         token_bytes=text.tokenizer.token_bytes(),
-        sample=sample,
+        sample=sampler(text.tokenizer),
     )
 
 

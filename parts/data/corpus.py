@@ -23,7 +23,7 @@ import numpy as np
 
 from parts.base.text import one_line, passage_pattern
 from parts.data import sources
-from parts.data.readers import FIELDS, FileRows
+from parts.data.readers import FIELDS, FileRows, no_column
 from parts.data.streams import Counts, Mixture, Selection
 
 CHUNK_DOCUMENTS = 64  # most documents that one thread tokenises at once
@@ -103,10 +103,9 @@ def facts_of(name, subset: str | None, text_field: str | None, max_documents: in
         source = local_source(name, part)
         for path in source.files if source else []:
             try:
-                stat = path.stat()
+                files.append(sources.identity_of(path))
             except OSError as e:
                 raise ValueError(f"{e.filename}: {e.strerror}") from e
-            files.append([path.name, stat.st_size, stat.st_mtime_ns])
     return {
         "dataset_name": name,
         "dataset_subset": subset,
@@ -143,7 +142,7 @@ def documents_of(path, flag: str) -> tuple[list[str], list[str]]:
 
 class Corpus:
     """
-    The documents of one source, as `chunks(state)` for shards.build.
+    The documents of one source, as `chunks(state)` for shard_writer.build.
 
     The first four arguments are those of `facts_of`. If streaming is False, a dataset on the hub is
     downloaded first. shard_index of num_shards is the part of the work for this machine.
@@ -211,9 +210,7 @@ class Corpus:
         columns = stream.column_names or list(first)
         field = self.text_field or next((f for f in FIELDS if f in columns), None)
         if field not in columns:
-            what = f"no column {field!r}" if field else "neither a column 'text' nor 'content'"
-            what += f"; its columns are {', '.join(columns)}"
-            raise ValueError(f"{title}: has {what}; name the one with the text by --text_field")
+            raise no_column(title, field, columns)
         if not isinstance(first.get(field), str | None):
             what = f"column {field!r} holds {type(first[field]).__name__}, not text"
             raise ValueError(f"{title}: {what}; name another by --text_field")

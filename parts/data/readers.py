@@ -110,10 +110,15 @@ def _field_of(files: list[Path], kind: str, field: str | None) -> str:
         field = having[0] if having else None
     for path, found in columns.items():
         if field not in found:
-            what = f"no column {field!r}" if field else "neither a column 'text' nor 'content'"
-            what += f"; its columns are {', '.join(found) or 'none'}"
-            raise ValueError(f"{path}: has {what}; name the one with the text by --text_field")
+            raise no_column(str(path), field, found)
     return field
+
+
+def no_column(source: str, field: str | None, columns) -> ValueError:
+    """The error about a source that lacks the column with the text."""
+    what = f"no column {field!r}" if field else "neither a column 'text' nor 'content'"
+    what += f"; its columns are {', '.join(columns) or 'none'}"
+    return ValueError(f"{source}: has {what}; name the one with the text by --text_field")
 
 
 def _no_text(path: Path, where: str, field: str, what: str) -> ValueError:

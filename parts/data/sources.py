@@ -221,6 +221,12 @@ def why_unreadable(path: Path) -> str | None:
     return next((name for name, is_it in kinds.items() if is_it(mode)), None)
 
 
+def identity_of(path: Path) -> list:
+    """[name, bytes, time of change] of a file, by which its contents are known without reading."""
+    stat_of = path.stat()
+    return [path.name, stat_of.st_size, stat_of.st_mtime_ns]
+
+
 def kind_of(path: Path) -> str | None:
     """How a file is read, by the end of its name; None for any other file."""
     return KINDS.get(end_of(path))

@@ -5,7 +5,8 @@ The little of q's syntax that preparing data needs: comments, strings, brackets,
     "a string with \" and \\", which may go on over lines     a line  \  closes it; without an open
     p)python of embedPy, with the indented lines below it     one, all that follows is comment
 
-Files of k have the same comments and strings. Source: "Syntax", https://code.kx.com/q/basics/syntax.
+Files of k have the same comments and strings.
+Source: "Syntax", https://code.kx.com/q/basics/syntax.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ import torch
 import tyro
 import yaml
 
-from gpt_train import sample_text
+from gpt_train import sampler
 from parts.base.dtypes import DTYPES
 from parts.base.files import no_empty_folders, rename_durably
 from parts.cli.config import parse
@@ -38,6 +38,7 @@ from parts.data import shard_writer
 from parts.data.batches import TrainBatches, val_batches
 from parts.data.readers import json_rows
 from parts.data.shards import Shards, content_hash, read_index
+from parts.data.sources import identity_of
 from parts.data.tokenizers import Tokenizer, byte_tokenizer
 from parts.model import lora, nf4
 from parts.model.families import shell, tensor_shapes
@@ -145,8 +146,7 @@ def open_code(config: QConfig, tokenizer: Tokenizer) -> CodeText:
     files = {"train": sides["train"], "val": sides["test"]}
     facts = {"files": [], "tokenizer": tokenizer.fingerprint, "writer": shard_writer.WRITER}
     for path in files.values():
-        stat = path.stat()
-        facts["files"].append([path.name, stat.st_size, stat.st_mtime_ns])
+        facts["files"].append(identity_of(path))
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     folder = Path(config.cache_dir) / f"q-{config.data_type}-{digest}"
     facts |= {"dataset_name": str(config.data_dir), "dataset_subset": config.data_type}
@@ -169,14 +169,14 @@ def open_code(config: QConfig, tokenizer: Tokenizer) -> CodeText:
 def _chunks(files: dict[str, Path], state):
     """Yield ([(split, kind, row)], state after them) of the files, one after the other."""
     state = state or {"file": 0, "row": 0}
-    kinds = {}
+    first = None  # kind of the first row
     for i, (split, path) in enumerate(files.items()):
         if i < state["file"]:
             continue
         rows, skip = [], state["row"] if i == state["file"] else 0
         for n, row in json_rows(path, 0):
             kind = _kind_of(row, path, n)
-            first = kinds.setdefault("kind", kind)
+            first = first or kind
             if kind != first:
                 what = f"a row of {kind}, but the rows before have {first}"
                 raise ValueError(f"{path}: line {n:,}: {what}; keep them in separate data types")
@@ -190,7 +190,7 @@ def _chunks(files: dict[str, Path], state):
 
 
 def _kind_of(row: dict, path: Path, n: int) -> str:
-    """ "text", or "prompt and completion". Raises ValueError for any other row."""
+    """The kind of a row: "text", or "prompt and completion". Raises ValueError for any other."""
     for names in (("text",), ("prompt", "completion")):
         if all(isinstance(row.get(name), str) for name in names):
             return " and ".join(names)
@@ -423,11 +423,6 @@ def code_job(config: QConfig, building) -> Job:
         for batch in val_batches(text.test, T, B, V, config.eval_tokens):
             yield batch | {"documents": documents_of(batch["inputs"], eot)}
 
-    def sample(model, device, should_stop) -> str:
-        options = {"temperature": 0.8, "top_k": 50, "seed": 0, "should_stop": should_stop}
-        options["stop_token"] = None  # under fsdp every rank calls the model equally often
-        return sample_text(model, base.tokenizer, device, **options)[0]
-
     token_bytes = np.zeros(shape.vocab_size, dtype=np.int64)
     token_bytes[: base.tokenizer.vocab_size] = base.tokenizer.token_bytes()
     return replace(
@@ -436,7 +431,7 @@ def code_job(config: QConfig, building) -> Job:
         val_batches=test_batches,
         facts=job.facts | {"data": text.data, "tokenizer": base.tokenizer.fingerprint},
         token_bytes=token_bytes,
-        sample=sample,
+        sample=sampler(base.tokenizer),
     )
 
 
