@@ -235,7 +235,7 @@ class Job:
     dummy_batch: Callable | None = None  # (n_rows) -> a batch like any other, to measure a step
     text_log: str | None = None  # file in the run folder that gets every printed message
     eval_log: str | None = None  # file in the run folder that gets all evaluations, as JSON
-    results: str = "."  # folder in the run folder that gets loss.png and samples.txt
+    results: str = "."  # folder in the run folder for loss.png, samples.txt and exports
     run_files: dict = field(default_factory=dict)  # file name -> bytes, kept in the run folder
 
 
@@ -757,7 +757,7 @@ def show_plan(job: Job, config: RunConfig, engine: Engine) -> None:
     if ranks.any(not fits):
         return ranks.say("time: not measured, it does not fit")
     if not job.dummy_batch:
-        return ranks.say("time: not measured, this job has no dummy_batch")
+        return ranks.say("time: not measured, the job has no batch to measure it with")
     prepare(job, config, engine)
     batch = {name: tensor.to(ranks.device) for name, tensor in job.dummy_batch(B).items()}
     n_targets = int((batch["targets"] != -100).sum()) * ranks.world

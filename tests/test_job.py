@@ -101,6 +101,11 @@ def test_a_model_without_trainable_parameters_is_refused():
         train("bad", model=Model().requires_grad_(False))
 
 
+def test_a_model_in_eval_mode_is_refused():
+    with pytest.raises(ValueError, match=r"is in eval mode.*call model.train\(\)"):
+        train("bad", model=Model().eval())
+
+
 def test_the_gpts_own_job_fulfils_the_contract(texts):
     config = pretraining_advanced.TrainConfig(
         dataset_name=str(texts),

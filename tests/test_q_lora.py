@@ -16,15 +16,9 @@ from parts.data.tokenizers import byte_tokenizer
 from parts.model.families import shell
 from parts.model.llama import Llama
 from parts.storage import formats, hf_llama
-from recipes.q_lora.train_pretrain import (
-    QConfig,
-    code_loss,
-    documents_of,
-    make_model,
-    open_base,
-    open_code,
-    tiny_config,
-)
+from recipes.q_lora.bases import open_base, tiny_config
+from recipes.q_lora.packed_code import documents_of, open_code
+from recipes.q_lora.train_pretrain import QConfig, make_model
 from wt_load import load_gpt, open_weights
 
 SCRIPT = "recipes/q_lora/run_pretraining.py"
@@ -80,6 +74,11 @@ def settings(home, monkeypatch, **changes) -> QConfig:
     return QConfig(**{**values, "lora_rank": 2, **changes})
 
 
+def base_of(config: QConfig):
+    """The model that a configuration trains."""
+    return open_base(config.model_name, config.max_seq_length)
+
+
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 def test_a_run_learns_leaves_its_tree_and_resumes_to_the_same_bits(home, tmp_path, method):
     folder = train(home, tmp_path, "--training_method", method)
@@ -115,7 +114,7 @@ def test_a_checkpoint_has_adapters_only_and_their_merge_computes_the_same(home, 
     ids = torch.randint(257, (2, 32))
     assert (merged(ids) - base(ids)).abs().max() > 1e-3
     config = QConfig(model_name=str(home / "model"), lora_rank=2, dtype="fp32", max_seq_length=32)
-    model, _ = make_model(config, open_base(config), torch.device("cpu"))
+    model, _ = make_model(config, base_of(config), torch.device("cpu"))
     from parts.model.lora import load_adapters
 
     with torch.no_grad():
@@ -162,7 +161,7 @@ def test_another_method_takes_another_folder_and_says_so(home, tmp_path):
 
 def test_prompts_are_read_and_not_trained(home, monkeypatch, tmp_path):
     config = settings(home, monkeypatch, data_type="described_filtered", cache_dir=str(tmp_path))
-    base = open_base(config)
+    base = base_of(config)
     text = open_code(config, base.tokenizer)
     rows = (home / "data/described_filtered_test.jsonl").read_text(encoding="utf-8").splitlines()
     n_completions = sum(len(json.loads(row)["completion"].encode()) + 1 for row in rows)
@@ -184,7 +183,7 @@ def test_packed_documents_do_not_read_each_other():
     starts = torch.tensor([9, 19])  # the first token of a document follows from no other
     batch["targets"][0, starts] = -100
     with torch.no_grad():
-        packed = code_loss(model, batch)
+        packed = model(batch["inputs"], batch["targets"], batch["documents"])
         alone = sum(model(row[None, :-1], row[None, 1:]) for row in rows)
     assert (packed - alone).abs() < 1e-4
 
@@ -238,13 +237,13 @@ def test_a_wrong_row_is_named(home, tmp_path, monkeypatch, rows, said):
     (tmp_path / "data/raw_train.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     config = settings(home, monkeypatch, data_dir=str(tmp_path / "data"), cache_dir=str(tmp_path))
     with pytest.raises(ValueError, match=said):
-        open_code(config, open_base(config).tokenizer)
+        open_code(config, base_of(config).tokenizer)
 
 
 def test_a_base_without_memory_has_the_same_hash_and_no_weights(home, monkeypatch):
     config = settings(home, monkeypatch)
-    base = open_base(config)
+    base = base_of(config)
     full, of_base = make_model(config, base, torch.device("cpu"))
     meta, again = make_model(config, base, torch.device("meta"))
     assert of_base == again and all(p.is_meta for p in meta.parameters())
-    assert not any(p.is_meta for p in full.parameters()) and shell(base.config) is not None
+    assert not any(p.is_meta for p in full.parameters()) and shell(base.shape) is not None

@@ -60,6 +60,8 @@ def _model_problems(job) -> list[str]:
     problems = []
     if not any(p.requires_grad for p in job.model.parameters()):
         problems.append("model: has no parameter with requires_grad, so nothing to train")
+    if not job.model.training:
+        problems.append("model: is in eval mode, which switches dropout off; call model.train()")
     blocks = job.blocks if isinstance(job.blocks, tuple) else (job.blocks,)
     if not all(isinstance(block, type) for block in blocks):
         problems.append("blocks: is not a tuple of classes")

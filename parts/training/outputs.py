@@ -127,7 +127,7 @@ class Outputs:
 
     def export(self, step: int, best_step: int | None) -> None:
         """
-        Run job.export on the last and the best checkpoint: export/final, export/best.
+        Run job.export on the last and the best checkpoint: export/final and best, in job.results.
 
         Each is written under a temporary name and renamed. Raises OSError.
         """
@@ -140,8 +140,9 @@ class Outputs:
             )
             if of_step is None or not folder.is_dir():
                 continue
-            target, part = self.run_dir / "export" / name, self.run_dir / "export" / f".{name}.part"
-            make_folder(target.parent)
+            exports = self.run_dir / self.job.results / "export"
+            target, part = exports / name, exports / f".{name}.part"
+            make_folder(exports)
             shutil.rmtree(part, ignore_errors=True)
             self.job.export(folder, part)
             shutil.rmtree(target, ignore_errors=True)
