@@ -39,7 +39,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from safetensors import SafetensorError
 
 from gpt_train import SIZES, GPTConfig, load_model
@@ -53,7 +52,7 @@ from parts.base.files import (
     why_not_written,
 )
 from parts.base.text import one_line
-from parts.cli.config import parse
+from parts.cli.config import parse, positional
 from parts.cli.launch import error_line, run_script
 from parts.data.tokenizers import FILES as TOKENIZER_FILES
 from parts.data.tokenizers import Tokenizer, byte_tokenizer, gpt2_tokenizer
@@ -77,14 +76,13 @@ from parts.training.plan import count_parameters
 
 # ------------------------------------------------------------------------------------ configuration
 
-Path_ = tyro.conf.Positional[str]
-
 
 @dataclass
 class VerifyConfig:
     """Check hashes, shapes and values of a checkpoint; the last line is a hash of its weights."""
 
-    path: Path_  # run folder (its newest checkpoint), checkpoint folder, or weights as for import
+    # run folder (its newest checkpoint), checkpoint folder, or weights as for import
+    path: positional("PATH")
     n_head: int | None = None  # attention heads, if neither file nor size tells
     debug: bool = False  # show the traceback of an error
 
@@ -105,8 +103,9 @@ class ListConfig(VerifyConfig):
 class ImportConfig:
     """Convert weights into a run, to sample from, score, or train further (with --init_from)."""
 
-    source: Path_  # hf:NAME, a Hugging Face or TensorFlow folder, or a safetensors or torch file
-    run_dir: Path_  # run folder to write
+    # hf:NAME, a Hugging Face or TensorFlow folder, or a safetensors or torch file
+    source: positional("SOURCE")
+    run_dir: positional("RUN")  # run folder to write
     tokenizer: str | None = None  # folder, file, gpt2 or bytes; None: the source's, else GPT-2's
     n_head: int | None = None  # attention heads, if neither file nor size tells
     debug: bool = False  # show the traceback of an error
@@ -116,7 +115,7 @@ class ImportConfig:
 class ExportConfig:
     """Write a checkpoint for other programs."""
 
-    path: Path_  # run folder (its newest checkpoint) or checkpoint folder
+    path: positional("PATH")  # run folder (its newest checkpoint) or checkpoint folder
     to: tuple[Literal["hf", "gguf", "nanogpt"], str]  # hf FOLDER, gguf FILE or nanogpt FILE
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the weights written
     force: bool = False  # overwrite an earlier export
@@ -127,8 +126,8 @@ class ExportConfig:
 class DiffConfig:
     """Compare the weights of two checkpoints, in any formats."""
 
-    a: Path_  # the first
-    b: Path_  # the second
+    a: positional("A")  # the first
+    b: positional("B")  # the second
     n_head: int | None = None  # attention heads, if neither file nor size tells
     debug: bool = False  # show the traceback of an error
 
@@ -141,7 +140,7 @@ class AverageConfig:
     Along one run the mean is often the better model (Izmailov et al. 2018).
     """
 
-    paths: tyro.conf.Positional[tuple[str, ...]]  # two or more run or checkpoint folders
+    paths: positional("RUN ...", tuple[str, ...])  # two or more run or checkpoint folders
     out: str  # run folder to write
     debug: bool = False  # show the traceback of an error
 
@@ -599,8 +598,38 @@ def weights_hash(tensors: dict) -> str:
     return digest.hexdigest()
 
 
+def adapters_of(path: str) -> tuple[Path, dict, dict] | None:
+    """(folder, tensors, trainer state) of a checkpoint that has adapters only; None of another."""
+    if not (Path(path, "MANIFEST.json").is_file() or Path(path, "checkpoints").is_dir()):
+        return None
+    folder = newest_checkpoint(path)
+    if not str(read_state(folder).get("weights_file", "")).startswith("adapter"):
+        return None
+    return folder, *load_checkpoint(folder)
+
+
+def info_of_adapters(folder: Path, tensors: dict, state: dict) -> None:
+    """Print what a checkpoint with adapters is."""
+    settings = read_json(folder / "adapter_config.json", "use another checkpoint")
+    print(f"{folder}: adapters only, of a model of the family {one_line(state['family'], 50)}")
+    for name in ("base_model_name_or_path", "r", "lora_alpha", "lora_dropout"):
+        print(one_line(f"{name}: {settings.get(name)}", 200))
+    n = sum(t.numel() for t in tensors.values())
+    print(f"numbers: {n:,}, {4 * n / 1e6:,.1f} MB in fp32")
+    _print_progress(state)
+    _print_how_to_resume(folder.parent.parent)
+    print("to sample: merge them into their base (recipes/q_lora/train_pretrain.py merge)")
+
+
+def _print_how_to_resume(run_dir: Path) -> None:
+    with contextlib.suppress(ValueError, KeyError):  # no run.json, as of an import
+        print(f"to resume: {one_line(read_json(run_dir / 'run.json')['resume'])}")
+
+
 def info(config: InfoConfig) -> None:
     """Print what a checkpoint is."""
+    if found := adapters_of(config.path):
+        return info_of_adapters(*found)
     weights = open_weights(config.path, config.n_head)
     c, facts = weights.config, weights.facts
     writer = facts.get("script", "this project")
@@ -618,11 +647,7 @@ def info(config: InfoConfig) -> None:
     print(f"parameters: {n:,}, {4 * n / 1e6:,.1f} MB in fp32")
     if "checkpoint" in facts:
         _print_progress(facts)
-        run_dir = Path(config.path)
-        if not (run_dir / "checkpoints").is_dir():
-            run_dir = Path(facts["checkpoint"]).parent.parent
-        with contextlib.suppress(ValueError, KeyError):  # no run.json, as of an import
-            print(f"to resume: {one_line(read_json(run_dir / 'run.json')['resume'])}")
+        _print_how_to_resume(Path(facts["checkpoint"]).parent.parent)
         print(f"to sample: python gpt_train.py --checkpoint {facts['checkpoint']}")
     else:
         print(f"tokenizer: {weights.tokenizer_path or 'none beside it'}")
@@ -644,8 +669,13 @@ def _print_progress(facts: dict) -> None:
 
 def verify(config: VerifyConfig) -> None:
     """Check files against their hashes, shapes against the model, and that values are finite."""
-    weights = open_weights(config.path, config.n_head)
-    tensors = {name: t.read() for name, t in weights.tensors.items()}
+    if found := adapters_of(config.path):
+        folder, tensors, facts = found
+        facts = {"checkpoint": folder, **facts}
+    else:
+        weights = open_weights(config.path, config.n_head)
+        tensors = {name: t.read() for name, t in weights.tensors.items()}
+        facts = weights.facts
     if wrong := [name for name, t in tensors.items() if not torch.isfinite(t).all()]:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(
@@ -653,9 +683,8 @@ def verify(config: VerifyConfig) -> None:
             "the training diverged, use an earlier checkpoint"
         )
     n_values = f"{len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} values"
-    if "checkpoint" in weights.facts:
-        step = weights.facts.get("step")
-        print(f"{weights.facts['checkpoint']}: intact; step {step}, {n_values}")
+    if "checkpoint" in facts:
+        print(f"{facts['checkpoint']}: intact; step {facts.get('step')}, {n_values}")
     else:
         print(f"{config.path}: shapes and values are right, it has no hashes to check; {n_values}")
     print(weights_hash(tensors))

@@ -131,6 +131,33 @@ def test_a_checkpoint_has_adapters_only_and_their_merge_computes_the_same(home, 
         assert (theirs(ids).logits - merged(ids)).abs().max() <= 1e-5
 
 
+def test_info_and_verify_read_a_checkpoint_of_adapters_and_sampling_says_merge(home, tmp_path):
+    folder = train(home, tmp_path)
+    described = run("wt_load.py", "info", folder, cwd=tmp_path)
+    assert described.returncode == 0, described.stderr
+    for line in ("adapters only", "base_model_name_or_path: model", "r: 2", "trained: step 6"):
+        assert line in described.stdout
+    assert "run_pretraining.py --model_name model" in described.stdout
+    intact = run("wt_load.py", "verify", folder, cwd=tmp_path)
+    assert intact.returncode == 0 and "intact; step 6, 28 tensors" in intact.stdout
+    line = one_error_line(run("gpt_train.py", "--checkpoint", folder, cwd=tmp_path), 2)
+    assert "has adapters only; merge them into the model" in line
+
+
+def test_a_run_merges_at_its_end_if_asked_and_the_result_is_sampled(home, tmp_path):
+    folder = train(home, tmp_path, "--merge")
+    for name in ("final", "best"):
+        merged = folder / "results/export" / name
+        assert load_gpt(str(merged)).config.vocab_size == 300
+    run_folder = run("wt_load.py", "import", merged, "runs/merged", cwd=tmp_path)
+    assert run_folder.returncode == 0, run_folder.stderr
+    words = ("--checkpoint", "runs/merged", "--prompt", "f:{", "--max_new_tokens", "5")
+    assert "f:{" in run("gpt_train.py", *words, cwd=tmp_path).stdout
+    flags = ("--merge", "--training_method", "full", "--output_dir", "other")
+    line = one_error_line(run(SCRIPT, *FLAGS, *flags, cwd=tmp_path), 2)
+    assert "--merge: a full training has no adapters" in line
+
+
 def test_another_base_is_refused_when_resuming_and_when_merging(home, tmp_path):
     folder = train(home, tmp_path)
     (tmp_path / "model").unlink()

@@ -40,6 +40,11 @@ NUMBERS = {int: "a whole number", float: "a number"}
 # --- the command line
 
 
+def positional(name: str, kind: type = str):
+    """The type of a field that is given without a flag, under this name in --help."""
+    return Annotated[kind, tyro.conf.Positional, tyro.conf.arg(metavar=name)]
+
+
 def parse(config_class, argv=None, notes: str = ""):
     """
     Return the dataclass filled from the command line `argv` (default: sys.argv[1:]).

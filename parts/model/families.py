@@ -142,7 +142,9 @@ def _differences(named: dict, expected: dict[str, tuple]) -> list[str]:
 
 def config_of(state: dict):
     """The shape of the model in a checkpoint with this trainer state. Raises ValueError."""
-    family = state.get("family", "gpt")
+    family, file = state.get("family", "gpt"), str(state.get("weights_file", ""))[:50]
+    if file.startswith("adapter"):
+        raise ValueError(f"{file} has adapters only; merge them into the model they belong to")
     if family not in FAMILIES:
         raise ValueError(
             f"holds a model of the family {str(family)[:50]!r}, this script reads "

@@ -65,34 +65,34 @@ def frozen_bytes(shape: LlamaConfig, method: str, e: int) -> int:
     sizes = [rows * columns for rows, columns in matrices_of_block(shape)]
     if method == "lora":
         return e * count_parameters(shape)
-    scales = [-(-size // BLOCK) for size in sizes]
-    in_blocks = [-(-n // 2) for n in sizes] + scales + [4 * -(-n // GROUP) for n in scales]
-    return shape.n_layer * sum(in_blocks) + e * (
-        count_parameters(shape) - shape.n_layer * sum(sizes)
-    )
+    in_blocks = 0
+    for size in sizes:  # codes; scales, and their scales, in whole groups; an offset
+        groups = -(-size // (BLOCK * GROUP))
+        in_blocks += -(-size // BLOCK) * BLOCK // 2 + groups * (GROUP + 4) + 4
+    rest = count_parameters(shape) - shape.n_layer * sum(sizes)
+    return shape.n_layer * in_blocks + e * rest
 
 
 def activation_bytes(shape: LlamaConfig, s: Setting, rank: int, dropout: float) -> int:
     """Bytes that the forward pass of a micro-batch keeps with adapters, without the head's."""
-    B, T, C = s.batch_size, shape.block_size, shape.n_embd
+    B, T, C, L = s.batch_size, shape.block_size, shape.n_embd, shape.n_layer
     H, K, D = shape.n_head, shape.n_kv_head, shape.head_dim
-    e, n = DTYPES[s.dtype].itemsize, s.batch_size * T
-    stream = e * n * C  # in the dtype of the base
-    norm = stream + 4 * n  # its input and root mean square
-    # inputs of the adapters' first products: one of q, k, v; of the last; of gate, up; of down
+    e, n, on_cpu = DTYPES[s.dtype].itemsize, s.batch_size * T, s.device == "cpu"
+    norm = (4 if on_cpu else e) * n * C + 4 * n  # the input, its root mean square
+    # what the adapters of q, k, v, o, gate, up and down read
     inputs = [C, C, C, H * D, C, C, shape.n_hidden]
     shared = e * n * (C + H * D + C + shape.n_hidden)
-    own = (e + 1) * n * sum(inputs)  # with dropout each adapter has its own, and a mask
-    adapters = own if dropout else shared
-    adapters += len(inputs) * e * n * rank  # inputs of the second products
-    block = 2 * norm + adapters + 3 * e * n * shape.n_hidden  # gate, its SiLU, the other half
+    own = (e + (e if on_cpu else 1)) * n * sum(inputs)  # dropout: each its own, and a mask
+    block = 2 * norm + (own if dropout else shared)
+    block += len(inputs) * e * n * rank + (e * trained_numbers(shape, "lora", rank) // L) * (e < 4)
+    block += 3 * e * n * shape.n_hidden  # gate, its SiLU, the other half
     block += e * n * (H + 2 * K) * D  # query, key, value
     if s.attends_in_products:
         block += e * B * H * T * T + B * T * T  # probabilities, mask
-    else:
-        block += e * n * H * D + 4 * n * H + B * T * T
-    ends = norm + 8 * n + 4 * T * D
-    L = shape.n_layer
+    else:  # the mask as numbers; the logarithm of each row's sum; the output
+        block += e * B * T * T + 4 * n * H + e * n * H * D
+    ends = norm + e * n * C + B * T * T + 4 * T * D  # the last norm, head; mask, cosines and sines
+    stream = e * n * C  # in the dtype of the base
     return ends + (L * stream + block if s.activation_checkpointing else L * block)
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 
 from parts.base.files import no_empty_folders, rename_durably
+from parts.cli.config import positional
 from parts.model import lora
 from parts.storage import checkpoint, formats
 from parts.storage.formats import Stored
@@ -23,8 +23,8 @@ CHECKPOINT_NAME = "checkpoint-{step}"
 class MergeConfig:
     """Merge the adapters of a checkpoint into their base, as a Hugging Face folder."""
 
-    checkpoint: tyro.conf.Positional[str]  # run folder or checkpoint folder
-    out: tyro.conf.Positional[str]  # folder for the merged model
+    checkpoint: positional("CHECKPOINT")  # run folder or checkpoint folder
+    out: positional("OUT")  # folder for the merged model
     base: str | None = None  # the base, if it is no longer where the run found it
     debug: bool = False  # show the traceback of an error
 
