@@ -130,7 +130,7 @@ FULL = {
     ),
     "test_readme.py": ("test_the_second_command_finds_the_tests",),
     "test_shards_build.py": ("test_memory_of_a_build_does_not_grow_with_the_text",),
-    "test_q_commands.py": (),
+    "test_q_commands.py": ("test_commands_of_the_document_run_one_after_another_and_learn",),
     "test_q_other_models.py": (
         "test_a_gpt_neox_learns_resumes_and_loads_in_peft",
         "test_models_that_cannot_be_trained_are_refused",

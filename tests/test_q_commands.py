@@ -1,87 +1,109 @@
-"""recipes/q_lora as its document has it: each command on real Q code and a tiny Qwen2, offline."""
+"""recipes/q_lora/README.md: its commands, one after another, on real Q code and a tiny Qwen2."""
 
 import json
 import os
 import re
 import shlex
+import subprocess
 
-import pytest
 import torch
-from conftest import run, shared
+from conftest import ROOT, run, shared
+from documents import commands
 
 from parts.data.tokenizers import byte_tokenizer
 from parts.model.llama import Llama
 from parts.storage import formats, hf_llama
 from recipes.q_lora.bases import tiny_config
+from wt_load import load_gpt
 
+README = (ROOT / "recipes/q_lora/README.md").read_text(encoding="utf-8")
 SCRIPT = "recipes/q_lora/run_pretraining.py"
-# what makes the documented commands small; each ends with them
+MODEL = "Qwen2.5-7B-Instruct"
+# what makes the documented trainings small
 SMALL = (
-    "--model_name qwen-tiny --max_seq_length 128 --max_steps 12 --warmup_steps 2 --save_steps 6 "
-    "--eval_freq 6 --learning_rate 2e-2 --eval_tokens 4000 --device cpu --print_sample_iter 12"
+    "--max_seq_length 128 --max_steps 12 --warmup_steps 2 --save_steps 6 --eval_freq 6 "
+    "--learning_rate 2e-2 --eval_tokens 4000 --device cpu --print_sample_iter 12"
 )
-COMMANDS = {
-    "basic": "",
-    "lora": "--training_method lora",
-    "qlora": "--training_method qlora",
-    "full": "--training_method full",
-    "raw": "--data_type raw",
-    "filtered": "--data_type filtered",
-    "described": "--data_type described_filtered",
-    "wandb": "--wandb --wandb_project q-pretraining --experiment_name tracked",
+FOLDERS = {  # flags of a training -> its folder in output/
+    "": MODEL,
+    "--training_method lora": MODEL,
+    "--training_method qlora": f"{MODEL}-qlora-raw",
+    "--training_method full": f"{MODEL}-full-raw",
+    "--data_type raw": MODEL,
+    "--data_type filtered": f"{MODEL}-lora-filtered",
+    "--data_type described_filtered": f"{MODEL}-lora-described_filtered",
+    "--wandb --wandb_project q-pretraining --experiment_name tracked": "tracked",
+    "--config recipes/q_lora/config.yaml --max_steps 200": MODEL,
+    f"--model_name Qwen/{MODEL}": MODEL,
+    "--model_name tiny --max_seq_length 256 --max_steps 20": "tiny",
 }
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """Prepared data and a tiny Qwen2, where the commands run one after another."""
-    folder = tmp_path_factory.mktemp("commands")
-    (folder / "qwen-tiny").mkdir()
+def make_model(folder) -> None:
+    """A random Qwen2 with a byte tokenizer, under the name that the document has."""
+    folder.mkdir(parents=True)
     torch.manual_seed(1)
-    config = tiny_config(byte_tokenizer().vocab_size + 7, 256)
-    tensors = Llama(config).state_dict()
+    config = tiny_config(byte_tokenizer().vocab_size + 7, 2048)
     stored = {
         name: formats.Stored(tuple(t.shape), lambda _, t=t: t, str(t.dtype))
-        for name, t in tensors.items()
+        for name, t in Llama(config).state_dict().items()
     }
-    formats.write_folder(folder / "qwen-tiny", stored, torch.float32)
+    formats.write_folder(folder, stored, torch.float32)
     settings = json.dumps(hf_llama.settings_of_config(config))
-    (folder / "qwen-tiny/config.json").write_text(settings, encoding="utf-8")
-    (folder / "qwen-tiny/tokenizer.json").write_bytes(byte_tokenizer().to_json())
-    path = shared("data/q_code/q_files.jsonl")
-    result = run("recipes/q_lora/prepare_data.py", "--input", path, cwd=folder)
-    assert result.returncode == 0, result.stderr
-    return folder
+    (folder / "config.json").write_text(settings, encoding="utf-8")
+    (folder / "tokenizer.json").write_bytes(byte_tokenizer().to_json())
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_documented_commands_run_and_learn(home, name):
-    words = shlex.split(f"{COMMANDS[name]} {SMALL}")
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
-    result = run(SCRIPT, *words, cwd=home, env=env)
-    assert result.returncode == 0, result.stderr[-2000:]
-    # the basic command, and those that repeat it, find its run
-    folder = {
-        "qlora": "qwen-tiny-qlora-raw",
-        "full": "qwen-tiny-full-raw",
-        "filtered": "qwen-tiny-lora-filtered",
-        "described": "qwen-tiny-lora-described_filtered",
-        "wandb": "tracked",
-    }.get(name, "qwen-tiny")
-    out = home / "output" / folder
+def check_training(out, printed: str, n_steps: int) -> None:
+    """The tree of a run is complete, and it has learned."""
     names = {p.relative_to(out).as_posix() for p in out.rglob("*")}
     expected = ("config.yaml", "logs/training_log.txt", "logs/eval_results.json")
-    expected += ("results/loss.png", "results/samples.txt", "checkpoints/checkpoint-12")
+    expected += ("results/loss.png", "results/samples.txt", f"checkpoints/checkpoint-{n_steps}")
     assert names.issuperset(expected)
     evaluations = json.loads((out / "logs/eval_results.json").read_text(encoding="utf-8"))
     first, last = evaluations[0], evaluations[-1]
-    assert (first["step"], last["step"]) == (0, 12)
+    assert (first["step"], last["step"]) == (0, n_steps)
     assert last["val_perplexity"] < 0.9 * first["val_perplexity"]  # of held-out repositories
     metrics = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [loss for row in metrics if (loss := json.loads(row).get("train_loss"))]
     assert sum(losses[-3:]) < sum(losses[:3])
-    if name in ("lora", "raw"):
-        assert "already finished at step 12" in result.stdout
-    said = re.search(r"has a run of \w+ on \w+; this one takes (\S+)", result.stdout)
-    assert bool(said) == (name in ("qlora", "full", "filtered", "described"))
-    assert said is None or said[1] == f"output/{folder}"
+
+
+def test_commands_of_the_document_run_one_after_another_and_learn(tmp_path):
+    make_model(tmp_path / "Qwen" / MODEL)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+    trained = []
+    for command, needs in commands(README):
+        words = shlex.split(command.replace("YOUR_CODE", str(shared("data/q_code/q_files.jsonl"))))
+        if needs or words[0] in ("pip", "torchrun"):
+            continue  # .ci/run installs; torchrun: tests/test_q_distributed.py
+        flags = command.partition(f"{SCRIPT} ")[2]
+        trains = words[1] == SCRIPT and "--plan" not in words
+        if trains:
+            words += shlex.split(SMALL)
+        if words[0] == "bash":
+            result = subprocess.run(
+                words, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+            )
+        else:
+            result = run(*words[1:], cwd=tmp_path, env=env, timeout=300)
+        assert result.returncode == 0, f"{command}: {result.stderr[-2000:]}"
+        if trains:
+            check_training(tmp_path / "output" / FOLDERS[flags], result.stdout, 12)
+            finished = "already finished at step 12" in result.stdout
+            assert finished == (FOLDERS[flags] in trained)
+            trained.append(FOLDERS[flags])
+            said = re.search(r"has a run of \w+ on \w+; this one takes (\S+)", result.stdout)
+            assert bool(said) == ("-raw" in trained[-1] or "filtered" in trained[-1])
+            assert said is None or said[1] == f"output/{trained[-1]}"
+    assert set(trained) == set(FOLDERS.values())
+    assert load_gpt(str(tmp_path / "merged")).config.n_layer == 2
+
+
+def test_the_sweep_prints_a_command_for_each_method_on_each_kind_of_data(tmp_path):
+    command = ["bash", str(ROOT / "recipes/q_lora/pretrain_exps.sh"), "--dry_run", "--seed", "7"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(set(lines)) == 9 and all("--seed 7" in line for line in lines)
+    assert not any(tmp_path.iterdir())
