@@ -3,7 +3,7 @@ A LoRA training step, ours against transformers and peft: a Qwen2 of 4 layers, 5
 
     python benchmarks/lora_step.py                        # the same packed rows on both sides
     python benchmarks/lora_step.py --padded               # theirs: files padded to the longest
-    python benchmarks/lora_step.py --padded --data q_files.jsonl --tokenizer qwen2.5/tokenizer.json
+    python benchmarks/lora_step.py --padded --data q_files.jsonl --tokenizer qwen2.5
     python benchmarks/lora_step.py --activation_checkpointing --vocab_size 32000
 
 Both sides read the same random weights from one Hugging Face folder and train adapters on all
@@ -13,9 +13,10 @@ runs in the faster of its usual ways, which is measured first: `autocast` (weigh
 sleeps. Prints the median of the turns and the ratio; stops if the losses of the first step differ.
 
 --data gives the lengths of files: {text} per line, in tokens of --tokenizer. Without it they are
-drawn from a log-normal distribution like that of public Q code (median 370, mean 970). A file
-longer than a row is cut into pieces on their side; ours continues it in the next row. The ids
-themselves are random: they do not matter for the time.
+drawn from a log-normal distribution like that of public Q code (median 370, mean 970). The ids are
+random: they do not matter for the time. With --padded, a file longer than a row is truncated on
+their side and counts as so many tokens; ours continues it in the next row. --busy measures the CPU
+seconds of one thread instead of the clock, for a machine that has other work.
 """
 
 import argparse
@@ -32,7 +33,7 @@ SIDES = ("ours", "theirs")
 WAYS = ("autocast", "bf16", "both")
 LARGEST = 151_936  # vocabulary of Qwen2.5's small models
 RANK, ALPHA = 16, 32.0
-WARM_UP = 2  # turns that are not measured
+WARM_UP = 1  # turns that are not measured
 
 
 # ------------------------------------------------------------------------------------------- files
@@ -103,10 +104,8 @@ def turns(args, folder: Path):
         for text in texts:
             text[-1] = 256  # the end of the document
         if padded:
-            pieces = [text[i : i + T] for text in texts for i in range(0, len(text), T)]
-            pieces = [torch.from_numpy(piece) for piece in pieces if len(piece) > 1]
-            batches = [pieces[i : i + B] for i in range(0, len(pieces), B)]
-            yield [_padded(batch) for batch in batches]
+            cut = [torch.from_numpy(text[:T]) for text in texts]
+            yield [_padded(cut[i : i + B]) for i in range(0, len(cut), B)]
             continue
         ids = torch.from_numpy(np.concatenate(texts))
         rows = (len(ids) - 1) // T if args.padded else B
@@ -115,13 +114,13 @@ def turns(args, folder: Path):
         yield [(x, y, _positions(x), None) for x, y in batches]
 
 
-def _padded(pieces: list) -> tuple:
-    """A batch of pieces, padded at the end to the longest."""
+def _padded(texts: list) -> tuple:
+    """A batch of texts, padded at the end to the longest."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    ids = pad_sequence(pieces, batch_first=True)
-    mask = pad_sequence([torch.ones_like(piece) for piece in pieces], batch_first=True)
+    ids = pad_sequence(texts, batch_first=True)
+    mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
     targets = ids.masked_fill(mask == 0, -100).roll(-1, dims=1)
     targets[:, -1] = -100
     return ids, targets, None, mask
@@ -238,14 +237,19 @@ def theirs(args, folder: Path):
 
 def work(args, folder: Path) -> None:
     """One side: for each line that it reads a turn, of which it prints seconds, loss and tokens."""
+    clock = time.process_time if args.busy else time.perf_counter
+    if args.busy:
+        import torch
+
+        torch.set_num_threads(1)
     step = globals()[args.side](args, folder)
     for micro_batches in turns(args, folder):
         if not sys.stdin.readline():
             return
         n_tokens = sum(x.numel() if m is None else int(m.sum()) for x, _, _, m in micro_batches)
-        started = time.perf_counter()
+        started = clock()
         loss = step(micro_batches)
-        seconds = time.perf_counter() - started
+        seconds = clock() - started
         print(json.dumps({"seconds": seconds, "loss": loss, "tokens": n_tokens}), flush=True)
 
 
@@ -296,7 +300,8 @@ def main() -> None:
     parser.add_argument("--lora_dropout", type=float, default=0.1)
     parser.add_argument("--activation_checkpointing", action="store_true")
     parser.add_argument("--data", help="jsonl of {text}, for the lengths of files")
-    parser.add_argument("--tokenizer", help="tokenizer.json for them; else bytes")
+    parser.add_argument("--tokenizer", help="tokenizer.json, or its folder, for them; else bytes")
+    parser.add_argument("--busy", action="store_true", help="CPU seconds of one thread")
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--way", choices=WAYS, help="of transformers; else the fastest")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
