@@ -31,6 +31,18 @@ def test_train_step_computes_the_same_loss_on_both_sides(size):
     assert re.search(rf"{size}: [\d.]+ times the tokens/s, [\d.]+ of the memory", out)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_lora_step_computes_the_same_loss_on_both_sides(padded):
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    flags = "--turns 1 --batch_files 4 --context_length 64 --vocab_size 300 --way autocast".split()
+    out = run("lora_step.py", *flags, "--activation_checkpointing", *["--padded"] * padded)
+    losses = re.findall(r"first loss ([\d.]+)", out)
+    assert len(losses) == 2 and abs(float(losses[0]) - float(losses[1])) < 5e-3
+    kind = "padded" if padded else "packed"
+    assert re.search(rf"{kind}: [\d.]+ times the tokens/s", out)
+
+
 def test_the_first_line_of_the_ladder():
     rate, _, peak = json.loads(run("ladder.py", *SMALLEST, "--rung", "0").splitlines()[-1])
     assert rate > 0 and peak > 2**20

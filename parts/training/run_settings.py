@@ -16,6 +16,7 @@ from parts.storage.run_folder import clear_leftovers
 
 MAY_BE_ZERO = (
     "dropout",
+    "lora_dropout",
     "max_grad_norm",
     "max_unsaved_minutes",
     "min_lr",
@@ -26,7 +27,7 @@ MAY_BE_ZERO = (
     "warmup_steps",
     "weight_decay",
 )
-BELOW_ONE = ("dropout", "warmup_ratio")
+BELOW_ONE = ("dropout", "lora_dropout", "warmup_ratio")
 LENGTH = ("max_steps", "min_lr", "warmup_steps")  # what resolve_length fills in
 
 

@@ -19,17 +19,18 @@ pytestmark = pytest.mark.filterwarnings(
 )  # the harness leaves files to the collector
 
 TARGETS, MANY = ("none", "thread", "ddp", "fsdp", "galore", "muon"), ("ddp", "fsdp")
+Q_TARGETS = ("q_lora", "q_qlora", "q_lora_ddp")  # of recipes/q_lora
 # test -> (targets every time, targets with --nightly)
 WHERE = {
-    "test_kill": (("none", "ddp", "fsdp", "llama"), (*TARGETS, "llama")),
+    "test_kill": (("none", "ddp", "fsdp", "llama", "q_lora"), (*TARGETS, "llama", *Q_TARGETS)),
     "test_kill_before_file_events": (("none", "ddp"), TARGETS),
-    "test_signals": (("none", "ddp"), TARGETS),
-    "test_damaged_checkpoints": (("none",), ("none", "ddp", "fsdp")),
+    "test_signals": (("none", "ddp"), (*TARGETS, *Q_TARGETS)),
+    "test_damaged_checkpoints": (("none",), ("none", "ddp", "fsdp", *Q_TARGETS)),
     "test_damaged_and_shared_caches": (("none",), ("none", "ddp")),
     "test_hostile_files_and_places": ((), ("none", "ddp")),
     "test_a_disk_that_refuses": ((), ("none", "ddp")),
     "test_a_stale_cache": (("none",), ("none", "ddp")),
-    "test_many_processes": (("ddp",), MANY),
+    "test_many_processes": (("ddp",), (*MANY, "q_lora_ddp")),
 }
 
 
@@ -73,6 +74,11 @@ def n(request) -> int:
 OF_TORCHRUN = re.compile(r"(traceback|matplotlib not installed: exit 1): =+$", re.IGNORECASE)
 
 
+def is_many(bench) -> bool:
+    """Whether the target runs under torchrun."""
+    return bool(bench.t.train_ddp)
+
+
 def check(report, many: bool = False) -> None:
     """No problem, but for what torchrun (`many`) adds."""
     print(report)
@@ -89,7 +95,7 @@ def test_kill_before_file_events(bench, n):
 
 
 def test_signals(bench, n):
-    if bench.t.name not in MANY:
+    if not is_many(bench):
         check(bench.signals(n))
         return
     # to the ranks: torchrun itself only polls ten times a second, in which time they do ten steps
@@ -97,14 +103,14 @@ def test_signals(bench, n):
 
 
 def test_damaged_checkpoints(bench, n):
-    check(bench.mutate(n=n), many=bench.t.name in MANY)
+    check(bench.mutate(n=n), many=is_many(bench))
 
 
 @pytest.mark.parametrize("suite", ["mutate_cache", "concurrent"])
 def test_damaged_and_shared_caches(bench, suite, n):
     check(
         getattr(bench, suite)(**{"rounds" if suite == "concurrent" else "n": n}),
-        many=bench.t.name in MANY,
+        many=is_many(bench),
     )
 
 
@@ -118,13 +124,13 @@ def test_a_stale_cache(bench):
 def test_hostile_files_and_places(bench, suite):
     if suite == "archives" and bench.t.name != "none":
         pytest.skip("prep_dataset.py unpacks on one process")
-    check(getattr(bench, suite)(), many=bench.t.name in MANY)
+    check(getattr(bench, suite)(), many=is_many(bench))
 
 
 def test_a_disk_that_refuses(bench, n, monkeypatch):
     # the run continues and retries at each checkpoint, so it loses the steps since the last one
     monkeypatch.setattr(bench.t, "save_every", 0)
-    check(bench.disk(n), many=bench.t.name in MANY)
+    check(bench.disk(n), many=is_many(bench))
 
 
 @pytest.mark.parametrize("suite", ["ranks", "world"])
