@@ -14,9 +14,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from parts.base.dtypes import DTYPES
 from parts.base.machine import free_memory
 from parts.base.units import format_bytes
+from parts.model.cpu_products import attends_in_blocks
 from parts.model.llama import LlamaConfig
 from parts.model.losses import head_bytes
 from parts.model.nf4 import BLOCK, GROUP
@@ -89,7 +92,8 @@ def activation_bytes(shape: LlamaConfig, s: Setting, rank: int, dropout: float) 
     block += e * n * (H + 2 * K) * D  # query, key, value
     if s.attends_in_products:
         block += e * B * H * T * T + B * T * T  # probabilities, mask
-    else:  # the mask as numbers; the logarithm of each row's sum; the output
+    elif not attends_in_blocks(torch.device(s.device), DTYPES[s.dtype], T, 0.0):
+        # the mask as numbers; the logarithm of each row's sum; the output
         block += e * B * T * T + 4 * n * H + e * n * H * D
     ends = norm + e * n * C + B * T * T + 4 * T * D  # the last norm, head; mask, cosines and sines
     stream = e * n * C  # in the dtype of the base
