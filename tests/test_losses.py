@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gpt_train
 from gpt_train import GPT, Block, GPTConfig
 from parts.model import cpu_products, losses
-from parts.model.losses import cross_entropy_of_head
+from parts.model.losses import _padded, cross_entropy_of_head
 from parts.training.optim import Optimizer
 
 
@@ -277,3 +277,19 @@ def test_attention_as_products_is_attention():
         block.attn.dropout = 1e-9  # with dropout it is torch's own kernel
         theirs = block.train()(x).float()
     assert relative(ours - x, theirs - x) < 0.01
+
+
+def test_a_frozen_head_in_16_bits_is_not_copied_and_gives_the_same():
+    torch.manual_seed(0)
+    head = torch.randn(128, 16).bfloat16()
+    assert _padded(head, torch.bfloat16) is head
+    assert _padded(head[:100], torch.bfloat16).shape == (128, 16)
+    targets = torch.randint(128, (9,))
+    results = []
+    for weight in (head, head.float()):
+        hidden = torch.randn(9, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = cross_entropy_of_head(hidden, weight, targets)
+        loss.backward()
+        results.append((loss.item(), hidden.grad))
+    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])

@@ -49,18 +49,22 @@ def cross_entropy_of_head(hidden, weight, targets, bias=None):
     return _Blocked.apply(hidden, weight, targets, bias, dtype)
 
 
-def head_bytes(N: int, C: int, V: int, dtype: torch.dtype, device: str) -> int:
+def head_bytes(
+    N: int, C: int, V: int, dtype: torch.dtype, device: str, stored: torch.dtype = torch.float32
+) -> int:
     """
     Bytes that cross_entropy_of_head allocates temporarily, besides the gradient of the head.
 
-    N positions, width C, vocabulary V, no bias; a device such as "cuda:1".
+    N positions, width C, vocabulary V, no bias; dtype of the products, and the one that the head is
+    stored in; a device such as "cuda:1".
     """
     e = dtype.itemsize
     if dtype == torch.float16:
         return N * V * 3 * 4  # log-softmax, its gradient and that of the logits, in fp32
     width = V if e == 4 else -(-V // 64) * 64
     rows, softmax_rows = _at_once(N, width, device == "cpu")
-    copy = width * C * e if e < 4 else 0  # of the head
+    copied = e < 4 and (stored != dtype or V % 64)
+    copy = width * C * e if copied else 0  # of the head
     return rows * width * e + softmax_rows * width * 4 + copy + N * C * (e + 4)
 
 
@@ -84,9 +88,10 @@ def _padded(head, dtype):
     """
     Weight (V, C) or bias (V,) of the head in the dtype of its products.
 
-    In 16 bits V is padded to a multiple of 64 with zeros, which makes the products faster.
+    In 16 bits V is padded to a multiple of 64 with zeros, which makes the products faster. A frozen
+    head that is so already is not copied: of a 7B model that is 1 GB.
     """
-    if dtype == torch.float32:
+    if dtype == torch.float32 or (head.dtype == dtype and len(head) % 64 == 0):
         return head
     V, *C = head.shape
     padded = torch.empty(-(-V // 64) * 64, *C, dtype=dtype, device=head.device)

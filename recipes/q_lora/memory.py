@@ -112,15 +112,15 @@ def memory(shape: LlamaConfig, s: Setting, method: str, rank: int, dropout: floa
     shards = s.world if s.parallel == "fsdp" else 1
     if s.parallel == "fsdp":  # which has whole weights in fp32
         e = 4
-    positions = s.batch_size * shape.block_size
-    kind = DTYPES[s.dtype]
+    positions, kind = s.batch_size * shape.block_size, DTYPES[s.dtype]
+    head = (positions, shape.n_embd, shape.vocab_size, kind, s.device)
     parts = {
         "frozen weights": frozen_bytes(shape, method, e) // shards,
         "adapters": 4 * n_trained // shards,
         "gradients": 4 * n_trained * (2 if s.parallel == "ddp" else 1),
         "optimizer": 8 * n_trained // shards,
         "activations": activation_bytes(shape, s, rank, dropout),
-        "logits": head_bytes(positions, shape.n_embd, shape.vocab_size, kind, s.device),
+        "logits": head_bytes(*head, stored=torch.float32 if e == 4 else kind),
     }
     if method == "qlora":  # one layer's weight in fp32, its scaled copy, and in 16 bits
         largest = max(rows * columns for rows, columns in matrices_of_block(shape))
@@ -194,7 +194,7 @@ def tips(shape: LlamaConfig, s: Setting, rank: int, dropout: float) -> list[str]
         f"  3. another method, {narrow}: full {peak(one, 'full')}, lora {peak(one, 'lora')}, "
         f"qlora {peak(one, 'qlora')}",
         f"  4. activation checkpointing (the default), {wide}: lora {peak(four, 'lora')}, "
-        f"without {peak(replace(off, batch_size=B), 'lora')}; a step takes about a third longer",
+        f"without {peak(replace(off, batch_size=B), 'lora')}; a step takes up to half as long again",
         "  largest micro-batch, in rows, with activation checkpointing / without:",
         "    GPU      " + "".join(f"{method:>14}" for method in METHODS),
     ]
