@@ -194,7 +194,8 @@ def tips(shape: LlamaConfig, s: Setting, rank: int, dropout: float) -> list[str]
         f"  3. another method, {narrow}: full {peak(one, 'full')}, lora {peak(one, 'lora')}, "
         f"qlora {peak(one, 'qlora')}",
         f"  4. activation checkpointing (the default), {wide}: lora {peak(four, 'lora')}, "
-        f"without {peak(replace(off, batch_size=B), 'lora')}; a step takes up to half as long again",
+        f"without {peak(replace(off, batch_size=B), 'lora')}; a step takes up to half as long "
+        "again",
         "  largest micro-batch, in rows, with activation checkpointing / without:",
         "    GPU      " + "".join(f"{method:>14}" for method in METHODS),
     ]
