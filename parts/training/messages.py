@@ -53,7 +53,8 @@ def last_line(job, config, progress: Progress, run_dir: Path) -> str:
 
 def setting_of(config, engine, accum: int) -> Setting:
     """What determines the memory of this run's steps."""
-    names = ("batch_size", "dtype", "optimizer", "activation_checkpointing", "cpu_offload")
+    names = ("batch_size", "dtype", "optimizer", "activation_checkpointing")
+    names += ("cpu_offload", "reshard")
     elsewhere = config.plan_memory_gb and config.device == "auto"
     return Setting(
         **{name: getattr(config, name) for name in names},

@@ -110,7 +110,8 @@ def check_resumed(state: dict, config, facts: dict, rows_per_step: int) -> None:
 
 def resolve_length(config, saved: dict, batches, rows_per_step: int) -> None:
     """
-    Fill in max_steps, min_lr and warmup_steps if they are None.
+    Fill in max_steps, min_lr and warmup_steps if they are None, and eval_freq if
+    validations_per_epoch asks for it.
 
     A resumed run (`saved` are its settings) keeps its warmup, and its min_lr with its max_lr.
     Raises ValueError if the text (a RowBatches) is less than one step.
@@ -133,6 +134,9 @@ def resolve_length(config, saved: dict, batches, rows_per_step: int) -> None:
         if config.warmup_ratio is not None:
             by_default = int(config.warmup_ratio * config.max_steps)
         config.warmup_steps = saved.get("warmup_steps", by_default)
+    if config.validations_per_epoch is not None:
+        steps = batches.n_rows / rows_per_step / config.validations_per_epoch
+        config.eval_freq = max(1, round(steps))
 
 
 def rows_of_step(config, saved: dict, saved_rows: int, world: int) -> int:
