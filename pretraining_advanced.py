@@ -97,10 +97,10 @@ class RunConfig:
     MAY_CHANGE: ClassVar[tuple] = tuple(
         """
         config batch_size grad_accum_steps n_epochs eval_freq print_sample_iter save_ckpt_freq
-        validations_per_epoch save_ckpt_minutes save_retry_minutes max_unsaved_minutes keep_last max_minutes patience
-        max_bad_steps resume allow_change device parallel reshard replicate compile
-        activation_checkpointing cpu_offload deterministic plan plan_memory_gb run_name output_dir
-        log_exact use_wandb wandb_project tensorboard debug
+        validations_per_epoch save_ckpt_minutes save_retry_minutes max_unsaved_minutes keep_last
+        max_minutes patience max_bad_steps resume allow_change device parallel reshard replicate
+        compile activation_checkpointing cpu_offload deterministic plan plan_memory_gb run_name
+        output_dir log_exact use_wandb wandb_project tensorboard debug
         """.split()
     )
     IN_DATA: ClassVar[tuple] = ()  # settings that are compared by the data they lead to
