@@ -99,18 +99,27 @@ class Speed:
     """
     Tokens per second of training alone, without evaluation, samples and checkpoints.
 
-    peak: operations per second of one device; None: not known.
+    peak: operations per second of one device; None: not known. window: steps that the speed is the
+    mean over. clock() -> seconds.
     """
 
-    def __init__(self, flops_per_token: int, peak: float | None, n_devices: int = 1):
+    def __init__(
+        self,
+        flops_per_token: int,
+        peak: float | None,
+        n_devices: int = 1,
+        window: int = STEPS_OF_SPEED,
+        clock=time.perf_counter,
+    ):
         self.flops_per_token = flops_per_token
         self.peak = peak and peak * n_devices
+        self.window, self.clock = window, clock
         self.recent = []  # (tokens, seconds) of the last steps
         self.started = None
 
     def start(self) -> None:
         """Begin to measure a step."""
-        self.started = time.perf_counter()
+        self.started = self.clock()
 
     def stop(self, n_tokens: int) -> dict:
         """
@@ -118,10 +127,10 @@ class Speed:
 
         n_tokens: of this step on all ranks. mfu, the share of the peak, is None if that is unknown.
         """
-        self.recent.append((n_tokens, time.perf_counter() - self.started))
-        self.recent = self.recent[-STEPS_OF_SPEED:]
+        self.recent.append((n_tokens, self.clock() - self.started))
+        self.recent = self.recent[-self.window :]
         tokens, seconds = map(sum, zip(*self.recent, strict=True))
-        rate = tokens / seconds
+        rate = tokens / seconds if seconds else 0.0
         mfu = rate * self.flops_per_token / self.peak if self.peak else None
         return {"tokens_per_s": round(rate, 1), "mfu": mfu}
 

@@ -119,14 +119,10 @@ SECTIONS = {
 }
 PATH_OF = {own: f"{part}.{name}" for part, names in SECTIONS.items() for name, own in names.items()}
 ALIASES = {("lr_scheduler", "fixed"): "constant"}
-FSDP = {
-    "sharding_strategy": str,
-    "mixed_precision": bool,
-    "activation_checkpointing": bool,
-    "activation_checkpointing_policy": str,
-    "cpu_offload": bool,
-    "replicate": int | None,
-}
+FSDP = (  # keys of fsdp_config; strategies.py checks the values
+    *("sharding_strategy", "mixed_precision", "activation_checkpointing"),
+    *("activation_checkpointing_policy", "cpu_offload", "replicate"),
+)
 # setting of the core -> key of fsdp_config that decides it
 DECIDED_BY = {
     "dtype": "mixed_precision",
@@ -324,9 +320,9 @@ class _Reader:
                 self.bad(inner, f"{shown(item)}: {what}")
                 continue
             try:
-                found[name] = converted(item, known[name])
+                found[name] = converted(item, DDP[name]) if own == "ddp_config" else item
             except (TypeError, ValueError, OverflowError):
-                self.bad(inner, self._mistyped(item, known[name]))
+                self.bad(inner, self._mistyped(item, DDP[name]))
         return {own: found}
 
     # ----------------------------------------------------------------------- checking
@@ -408,7 +404,7 @@ def strategy_settings(config, world: int) -> tuple[dict, list[str], list[tuple[s
     """
     settings, notes, problems = {"parallel": config.strategy}, [], []
     if config.strategy == "fsdp":
-        settings, notes, problems = _of_fsdp(config)
+        settings, notes, problems = _of_fsdp(config, world)
     elif config.strategy == "deepspeed":
         settings, notes, problems = _of_deepspeed(config, world)
     elif config.strategy == "ddp" and config.ddp_config.get("find_unused_parameters") is False:
@@ -431,19 +427,26 @@ OF_STRATEGY = {"fsdp_config": "fsdp", "ddp_config": "ddp", "deepspeed_config": "
 ONLY_SHARDED = ("reshard", "replicate", "cpu_offload")
 
 
-def _of_fsdp(config) -> tuple[dict, list[str], list[tuple[str, str]]]:
+def _of_fsdp(config, world: int) -> tuple[dict, list[str], list[tuple[str, str]]]:
     """The same of fsdp_config. What the section `training` says wins over a default here."""
     from recipes.orchestrator.strategies import get_fsdp_config
 
-    options = {FSDP_ARGUMENTS.get(name, name): v for name, v in config.fsdp_config.items()}
+    options = dict(config.fsdp_config)
+    if "activation_checkpointing" in options:  # its name in get_fsdp_config is another
+        options["checkpoint_activation"] = options.pop("activation_checkpointing")
     try:
         found = get_fsdp_config(**options)
-        return found.run_settings(), list(found.notes), []
+        return found.run_settings(world), list(found.notes), []
     except ValueError as e:
-        return {}, [], [(PATH_OF["fsdp_config"], str(e))]
+        names = {"checkpoint_activation": "activation_checkpointing"}
+        return {}, [], _problems_of(e, PATH_OF["fsdp_config"], names)
 
 
-FSDP_ARGUMENTS = {"activation_checkpointing": "checkpoint_activation"}
+def _problems_of(e: ValueError, path: str, names=()) -> list[tuple[str, str]]:
+    """(path in the file, what is wrong) of a SettingsError; `names` are other ones in the file."""
+    found = getattr(e, "problems", [("", str(e))])
+    names = dict(names)
+    return [(f"{path}.{names.get(name, name)}".rstrip("."), what) for name, what in found]
 
 
 def _of_deepspeed(config, world: int) -> tuple[dict, list[str], list[tuple[str, str]]]:
@@ -456,8 +459,7 @@ def _of_deepspeed(config, world: int) -> tuple[dict, list[str], list[tuple[str, 
     except FileNotFoundError as e:
         return {}, [], [(path, str(e))]
     except ValueError as e:
-        wrong = getattr(e, "problems", [("", str(e))])
-        return {}, [], [(f"{path}.{name}".rstrip("."), what) for name, what in wrong]
+        return {}, [], _problems_of(e, path)
     from recipes.orchestrator.strategies import have_deepspeed
 
     native = not have_deepspeed()
@@ -465,7 +467,7 @@ def _of_deepspeed(config, world: int) -> tuple[dict, list[str], list[tuple[str, 
 
 
 def deepspeed_plan(config, world: int):
-    """The DeepSpeedPlan of deepspeed_config. Raises DeepSpeedError or FileNotFoundError."""
+    """The DeepSpeedPlan of deepspeed_config. Raises SettingsError or FileNotFoundError."""
     from recipes.orchestrator.strategies import read_deepspeed
 
     source, B, accum = config.deepspeed_config, config.batch_size, config.grad_accum_steps

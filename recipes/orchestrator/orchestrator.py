@@ -104,11 +104,10 @@ def engines_of(config: OrchestratorConfig, world: int) -> dict:
     """The engines that run() chooses from."""
     if config.strategy != "deepspeed":
         return core.ENGINES
-    from recipes.orchestrator import strategies
     from recipes.orchestrator.config_loader import deepspeed_plan
+    from recipes.orchestrator.strategies import engines_of as with_deepspeed
 
-    engine = strategies.engine_of(deepspeed_plan(config, world))
-    return {**strategies.ENGINES, "deepspeed": engine}
+    return with_deepspeed(deepspeed_plan(config, world))
 
 
 # ------------------------------------------------------------------------------------------ the job

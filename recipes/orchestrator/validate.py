@@ -81,7 +81,7 @@ def report(
     of_memory, fits = memory_lines(config, replace(shape, block_size=T), setting, memory_gb)
     lines += of_memory
     if memory_gb and not fits:
-        problems.append(f"{config.config}: {of_memory[1]}")
+        problems.append(f"{config.config}: {'; '.join(of_memory[1:])}")
     draft = Job(
         *(shape.family, shell(shape), None, None, gpt_loss, (FAMILIES[shape.family].block,)),
         *(1.0, T, {"model_config": asdict(shape)}),
