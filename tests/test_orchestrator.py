@@ -151,6 +151,10 @@ BAD = {
         "training.global_batch_size: 12, but 4 rows x 2 micro-batches x 1 ranks = 8; give "
         "training.gradient_accumulation_steps 3",
     ),
+    "none for several ranks": (
+        [],
+        "distributed.strategy: 'none' is for one process, this run has 2 ranks; give ddp or fsdp",
+    ),
     "DeepSpeed's rows": (
         [
             "distributed.strategy=deepspeed",
@@ -224,7 +228,8 @@ def test_what_contradicts_itself_is_refused(name, file_of):
     if name == "a base that is not there":
         found = problems_of(file_of(GOOD.replace("type: llama, size: tiny", "from: ./nowhere")))
     else:
-        found = problems_of(file_of(GOOD), *overrides)
+        world = 2 if name == "none for several ranks" else 1
+        found = problems_of(file_of(GOOD), *overrides, world=world)
     assert any(line.removeprefix("command line: ").startswith(start) for line in found), found
 
 
@@ -328,7 +333,7 @@ def test_the_7b_of_the_document_is_validated_without_its_memory(file_of, texts, 
     text = "\n".join(lines)
     assert "parameters: 6,738,415,616 (" in text
     assert re.search(r"memory per rank, computed: at most [\d.]+ GB at one time, fits the 80", text)
-    assert "step: 4 rows x 8 micro-batches x 8 ranks = 256 rows, 524,288 tokens" in text
+    assert re.search(r"step: 4 x 8 x 8 = 256 rows \(batch_size x .*\), 524,288 tokens", text)
     assert "run: 100,000 steps, 52,428,800,000 tokens" in text
     assert "disk: 80.9 GB a checkpoint" in text
     assert "data: texts, 3 files, " in text and "not tokenised yet" in text

@@ -174,8 +174,14 @@ def _why_no_file(path: Path) -> str:
         return f"is a folder; give one of its files: {', '.join(files) or 'it has no .yaml'}"
     known = {p.name: str(p) for folder in (CONFIGS, path.parent) for p in folder.glob("*.y*ml")}
     near = sorted(known, key=lambda name: -_likeness(name, path.name))[:3]
-    names = ", ".join(os.path.relpath(known[name]) for name in near)
+    names = ", ".join(_short(Path(known[name])) for name in near)
     return f"there is no such file; the nearest are {names}"
+
+
+def _short(path: Path) -> str:
+    """A path below the current folder without that."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def _likeness(a: str, b: str) -> float:
@@ -415,6 +421,9 @@ def strategy_settings(config, world: int) -> tuple[dict, list[str], list[tuple[s
     if config.strategy == "none":
         blocks = [name for name in OF_STRATEGY if getattr(config, name)]
         notes += [f"strategy none: {name} is not used" for name in blocks]
+        if world > 1:
+            what = f"'none' is for one process, this run has {world} ranks; give ddp or fsdp"
+            problems.append((PATH_OF["strategy"], what))
     elif world == 1 and "RANK" not in os.environ:
         settings = {name: v for name, v in settings.items() if name not in ONLY_SHARDED}
         settings["parallel"] = "none"

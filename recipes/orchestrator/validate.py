@@ -159,8 +159,8 @@ def batch_lines(config: OrchestratorConfig, world: int, T: int, n_tokens: int | 
     """The arithmetic of a step, and the length of the run in tokens."""
     B, accum = config.batch_size, config.grad_accum_steps
     rows = B * accum * world
-    line = f"step: {B} rows x {accum} micro-batches x {world} ranks = {rows:,} rows, "
-    lines = [f"{line}{rows * T:,} tokens"]
+    names = "batch_size x gradient_accumulation_steps x ranks"
+    lines = [f"step: {B} x {accum} x {world} = {rows:,} rows ({names}), {rows * T:,} tokens"]
     if config.max_steps:
         line = f"run: {config.max_steps:,} steps, {config.max_steps * rows * T:,} tokens"
         if n_tokens:
