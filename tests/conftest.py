@@ -161,6 +161,12 @@ FULL = {
         "test_a_console_without_unicode_does_not_stop_the_run",
     ),
     "test_foreign_weights.py": ("test_the_trainer_says_so_too",),
+    "test_strategies.py": (
+        "test_accumulation_on_one_process_changes_nothing",
+        "test_two_ranks_train_as_one",
+        "test_four_ranks_under_each_strategy_train_as_one",
+        "test_unused_parameters_are_found_only_if_asked_for",
+    ),
     "test_start.py": ("test_all_ranks_refuse_before_any_text_is_read",),
     "test_warm.py": (),
     "test_wt_load.py": (

@@ -9,8 +9,11 @@ DeepSpeed is imported when a model is prepared, not before.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import os
+import warnings
 from functools import partial
 
 import torch
@@ -79,6 +82,15 @@ class DeepSpeedEngine(Engine):
 
     # ------------------------------------------------------------------------------ prepare
 
+    def wrap_blocks(self, model, blocks, activation_checkpointing, compile_blocks) -> None:
+        """As Engine.wrap_blocks. Raises ValueError if a compiled block would gather weights."""
+        if compile_blocks and self.plan.stage == 3:
+            raise ValueError(
+                "--compile: in ZeRO stage 3 a block gathers weights, which the compiler cannot do; "
+                "leave it out, or give stage 0, 1 or 2"
+            )
+        super().wrap_blocks(model, blocks, activation_checkpointing, compile_blocks)
+
     def place(self, model, blocks, cpu_offload: bool, reshard: bool, replicate: int) -> None:
         """DeepSpeed moves the model to its device, see `wrap`."""
         self.offload = cpu_offload
@@ -89,6 +101,8 @@ class DeepSpeedEngine(Engine):
             os.environ["DS_ACCELERATOR"] = "cpu"  # also where there is a GPU
         import deepspeed
 
+        # the names of torch that DeepSpeed calls in every step are deprecated from torch 2.13 on
+        warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated")
         # the shared-memory operation serves inference; without it no compiler is needed
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         parts = self.optimizer.parts
@@ -102,9 +116,10 @@ class DeepSpeedEngine(Engine):
         ]
         self.client = ClientAdamW(groups, self._divisor)
         self._autocast_inside(model)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model, optimizer=self.client, config=self.plan.engine_config(self.offload)
-        )
+        with _only_errors(deepspeed.utils.logger):  # else: "an untested optimizer", which is ours
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model, optimizer=self.client, config=self.plan.engine_config(self.offload)
+            )
         self.ranks.before_closing.append(self._release)
         self._make_state()
         if self.plan.stage == 3:
@@ -260,6 +275,15 @@ class DeepSpeedEngine(Engine):
             self.client.state[p][entry].copy_(tensor)
 
 
+@contextlib.contextmanager
+def _only_errors(logger):
+    """Leave the warnings of a logger out."""
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    yield
+    logger.setLevel(level)
+
+
 def stand_in(p, gathered):
     """
     A tensor of the whole shape of a sharded parameter, without memory.
@@ -272,7 +296,7 @@ def stand_in(p, gathered):
 
 
 def _show_whole_tensors(model, state_dict: dict, prefix: str, _) -> None:
-    """Stage 3 keeps empty tensors in the model; its state_dict shall have those of the checkpoint."""
+    """Stage 3 keeps empty tensors in the model; show whole ones in its state_dict."""
     for name, p in model.named_parameters(remove_duplicate=False):
         state_dict[prefix + name] = stand_in(p, partial(_gather, p))
 

@@ -102,16 +102,18 @@ KNOWN = {
 IN_ZERO = {*TUNING, *NOT_DONE_IN_ZERO, "offload_optimizer", "offload_param", "stage"}
 
 
-class DeepSpeedError(ValueError):
+class SettingsError(ValueError):
     """
-    Everything that is wrong with a DeepSpeed configuration, in one line.
+    Everything that is wrong with a block of settings, in one line.
 
-    problems: (path, what) of each, such as ("zero_optimization.stage", "4 is not 0, 1, 2 or 3").
+    problems: (path, what) of each, such as ("zero_optimization.stage", "4 is not 0, 1, 2 or 3"); an
+    empty path is the whole block.
     """
 
     def __init__(self, source: str, problems: list[tuple[str, str]]):
         self.problems = problems
-        super().__init__(f"{source}: " + "; ".join(f"{path}: {what}" for path, what in problems))
+        lines = [f"{path}: {what}" if path else what for path, what in problems]
+        super().__init__(f"{source}: {'; '.join(lines)}")
 
 
 @dataclass(frozen=True)
@@ -204,14 +206,14 @@ def read_deepspeed(source, micro_batch: int, accumulation: int, world: int) -> D
     The plan of a DeepSpeed configuration, a dict or the path of a JSON file.
 
     micro_batch: rows per rank; accumulation: micro-batches per step; world: ranks. Raises
-    DeepSpeedError with every problem at once; FileNotFoundError if there is no such file.
+    SettingsError with every problem at once; FileNotFoundError if there is no such file.
     """
     where = "deepspeed_config" if isinstance(source, Mapping) else str(source)
     found = _Reader(where)
     config = source if isinstance(source, Mapping) else found.load(Path(source))
     plan = found.plan(config, micro_batch, accumulation, world)
     if found.problems:
-        raise DeepSpeedError(where, found.problems)
+        raise SettingsError(where, found.problems)
     return plan
 
 
@@ -224,15 +226,15 @@ class _Reader:
         self.notes: list[str] = []
 
     def load(self, path: Path):
-        """The JSON of a file. Raises DeepSpeedError if it is not JSON, FileNotFoundError."""
+        """The JSON of a file. Raises SettingsError if it is not JSON, FileNotFoundError."""
         if not path.is_file():
             raise FileNotFoundError(f"{path}: there is no such DeepSpeed configuration")
         if path.stat().st_size > MAX_BYTES:
-            raise DeepSpeedError(str(path), [("", f"is larger than {MAX_BYTES:,} bytes")])
+            raise SettingsError(str(path), [("", f"is larger than {MAX_BYTES:,} bytes")])
         try:
             return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_twins)
         except (ValueError, RecursionError) as e:
-            raise DeepSpeedError(str(path), [("", f"is not JSON: {e}")]) from e
+            raise SettingsError(str(path), [("", f"is not JSON: {e}")]) from e
 
     def bad(self, path: str, what: str) -> None:
         self.problems.append((path, what))
@@ -251,7 +253,8 @@ class _Reader:
                 self.bad(f"{name}.enabled", f"is not done; {OFF[name]}")
         for name, usual in USUAL.items():
             value = config.get(name, AUTO)
-            if value not in (AUTO, None, *usual) or (isinstance(value, bool) and 1 in usual):
+            same = [word for word in usual if word == value and type(word) is type(value)]
+            if value not in (AUTO, None) and not same:
                 shown = " or ".join(json.dumps(word) for word in usual)
                 self.bad(name, f"{_shown(value)} is not done; give {shown}, or leave it out")
         if printed := [name for name in PRINTED if name in config]:
