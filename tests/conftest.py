@@ -105,6 +105,7 @@ FULL = {
     ),
     "test_notebook_page.py": (),
     "test_on_gpu.py": (),
+    "test_orchestrator_runs.py": (),
     "test_packages.py": (
         "test_without_tqdm_and_matplotlib_a_run_is_complete_but_for_its_plot",
         "test_runs_are_compared_without_matplotlib",
@@ -175,6 +176,9 @@ FULL = {
     ),
 }
 KEPT = (
+    "test_a_rank_with_another_file_is_one_line_and_nobody_waits",
+    "test_a_tiny_llama_of_100_steps_opens_in_transformers[none]",
+    "test_a_run_that_is_killed_ends_with_the_same_bits[1]",
     "test_a_signal_ends_the_wait[SIGTERM-True]",
     "test_the_trainer_says_so_too[hf---init_from]",
     "test_a_run_learns_leaves_its_tree_and_resumes_to_the_same_bits[lora]",
