@@ -835,7 +835,8 @@ def run(config: RunConfig, make_job: Callable = gpt_job, engines: dict = ENGINES
             show_plan(job, config, engine)
             return 0
         with ranks.agree():
-            ranks.same(job.facts, "let all ranks see the same data and the same --cache_dir")
+            what = "has other data or another tokenizer than rank 0"
+            ranks.same(job.facts, what, "let all ranks see the same data and the same --cache_dir")
         return train(job, config, engine, begin_afresh)
 
 

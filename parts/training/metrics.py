@@ -100,7 +100,7 @@ class Speed:
     Tokens per second of training alone, without evaluation, samples and checkpoints.
 
     peak: operations per second of one device; None: not known. window: steps that the speed is the
-    mean over. clock() -> seconds.
+    mean over. clock() -> seconds; None: time.perf_counter.
     """
 
     def __init__(
@@ -109,11 +109,11 @@ class Speed:
         peak: float | None,
         n_devices: int = 1,
         window: int = STEPS_OF_SPEED,
-        clock=time.perf_counter,
+        clock=None,
     ):
         self.flops_per_token = flops_per_token
         self.peak = peak and peak * n_devices
-        self.window, self.clock = window, clock
+        self.window, self.clock = window, clock or time.perf_counter
         self.recent = []  # (tokens, seconds) of the last steps
         self.started = None
 

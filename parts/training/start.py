@@ -30,7 +30,7 @@ def check_start(config, engine, stack) -> Callable | None:
     FileNotFoundError if --resume names nothing. Ranks exchange.
     """
     fix = "start all ranks with the same file and the same command line"
-    engine.ranks.same(asdict(config), fix, "other settings")
+    engine.ranks.same(asdict(config), "has other settings than rank 0", fix)
     engine.check_options(config.cpu_offload, config.reshard, config.replicate)
     check_kind(config.optimizer, engine.ranks.device, sharded=engine.shards)
     if engine.ranks.rank != 0:
