@@ -284,6 +284,16 @@ def test_without_torchrun_a_strategy_for_several_ranks_runs_as_none(file_of, mon
     assert (config.parallel, config.replicate, config.reshard) == ("fsdp", 1, True)
 
 
+def test_messages_of_the_core_name_the_keys_of_the_file():
+    from recipes.orchestrator.config_loader import in_words_of_the_file
+
+    text = "resume with --batch_size 4 --grad_accum_steps 8; or --parallel ddp, --nproc_per_node 2"
+    assert in_words_of_the_file(text) == (
+        "resume with training.batch_size=4 training.gradient_accumulation_steps=8; "
+        "or distributed.strategy ddp, --nproc_per_node 2"
+    )
+
+
 # --------------------------------------------------------------------------------------- the model
 
 

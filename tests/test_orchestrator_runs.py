@@ -95,7 +95,10 @@ def test_a_tiny_llama_of_100_steps_opens_in_transformers(home, strategy):
     if strategy == "fsdp":
         words += [*FSDP, "training.max_steps=20"]
         world = 2
-    train(home, *words, world=world)
+    printed = train(home, *words, world=world)
+    stages = ("fp32", "parameters: ", "rows in an epoch", "step 0: ", "step 10: ", "exported")
+    places = [printed.index(stage) for stage in stages]
+    assert places == sorted(places)  # configuration, model, data, loop with validation, folder
     run_dir = home / "runs/small"
     last = sorted((run_dir / "checkpoints").iterdir())[-1]
     assert difference(run_dir / "export/final", last) <= 1e-5
@@ -185,6 +188,9 @@ def test_every_strategy_and_accumulation_gives_the_losses_of_one_process(home):
         "ddp": (2, "distributed.strategy=ddp", "training.batch_size=2"),
         "fsdp": (2, *FSDP, "training.batch_size=1", "training.gradient_accumulation_steps=2"),
     }
+    block = "{train_batch_size: 4, gradient_clipping: 1.0, zero_optimization: {stage: 2}}"
+    zero = ("distributed.strategy=deepspeed", f"distributed.deepspeed_config={block}")
+    others["zero"] = (2, *zero, "training.batch_size=2")
     for name, (world, *words) in others.items():
         train(home, *words, f"training.run_name={name}", world=world)
         assert metrics(home / f"runs/{name}") == pytest.approx(straight, rel=1e-5), name

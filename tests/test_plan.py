@@ -284,3 +284,19 @@ def test_another_device_is_planned_for_with_what_would_fit(tmp_path):
     refused = run("pretraining_advanced.py", *flags, "-1", cwd=tmp_path)
     assert "--plan_memory_gb: -1.0 is out of range" in one_error_line(refused, 2)
     assert list(tmp_path.iterdir()) == [] and np.isfinite(float(way[1]))
+
+
+def test_fsdp_that_keeps_gathered_weights_takes_all_of_them():
+    config = LlamaConfig(
+        vocab_size=64, block_size=16, n_layer=20, n_head=2, n_kv_head=2, n_embd=32, n_hidden=64,
+        head_dim=16,
+    )  # fmt: skip
+    setting = Setting(batch_size=1, parallel="fsdp", world=4)
+    freed, kept = (
+        memory_of(config, replace(setting, reshard=reshard))["exchange"]
+        for reshard in (True, False)
+    )
+    in_block = 4 * 32 * 32 + 3 * 32 * 64
+    units = 4 * (64 * 32 + 2 * in_block)  # the embedding and two blocks
+    assert freed == 2 * units
+    assert kept == units + 4 * count_parameters(config)

@@ -189,10 +189,13 @@ def _likeness(a: str, b: str) -> float:
 
 
 def in_words_of_the_file(text: str) -> str:
-    """A message of the core with the names of the file in place of its flags."""
-    return re.sub(
-        r"--(\w+)", lambda flag: PATH_OF.get(flag[1], DISTRIBUTED_FLAGS.get(flag[1], flag[0])), text
-    )
+    """A message of the core with the keys of the file in place of its flags."""
+
+    def key(flag) -> str:
+        path = PATH_OF.get(flag[1]) or DISTRIBUTED_FLAGS.get(flag[1])
+        return f"{path}{'=' if flag[2] else ''}" if path else flag[0]
+
+    return re.sub(r"--(\w+)( (?=[\d.]))?", key, text)
 
 
 # flags of the core that the section `distributed` decides
@@ -201,7 +204,6 @@ DISTRIBUTED_FLAGS = {
     "reshard": "distributed.fsdp_config.sharding_strategy",
     "replicate": "distributed.fsdp_config.replicate",
     "cpu_offload": "distributed.fsdp_config.cpu_offload",
-    "model_name": "model.from",
 }
 
 

@@ -82,7 +82,8 @@ class PretrainingOrchestrator:
         try:
             return run(config, make_job, engines_of(config, world))
         except (ValueError, RuntimeError) as e:  # the core names its own flags
-            raise type(e)(in_words_of_the_file(str(e))) from e
+            kind = ValueError if isinstance(e, ValueError) else RuntimeError
+            raise kind(in_words_of_the_file(str(e))) from e
 
     def validate(self, ranks: int | None = None, memory_gb: float | None = None) -> list[str]:
         """
