@@ -290,8 +290,8 @@ class _Reader:
     def _nearest(name, part: str) -> str:
         """The nearest name of a key: its own name here, one of its section, or of another one."""
         name = str(name)
-        if name in PATH_OF:
-            return f"; did you mean {PATH_OF[name]}?"
+        if own := PATH_OF.get(name) or DISTRIBUTED_FLAGS.get(name):
+            return f"; did you mean {own}?"
         for other, names in SECTIONS.items():
             if name in names:
                 return f"; did you mean {other}.{name}?"
@@ -442,7 +442,7 @@ def _of_fsdp(config, world: int) -> tuple[dict, list[str], list[tuple[str, str]]
     """The same of fsdp_config. What the section `training` says wins over a default here."""
     from recipes.orchestrator.strategies import get_fsdp_config
 
-    options = dict(config.fsdp_config)
+    options = {"activation_checkpointing_policy": "full", **config.fsdp_config}
     if "activation_checkpointing" in options:  # its name in get_fsdp_config is another
         options["checkpoint_activation"] = options.pop("activation_checkpointing")
     try:

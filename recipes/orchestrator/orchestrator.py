@@ -293,6 +293,7 @@ def arguments_of(argv) -> argparse.Namespace:
 def main(argv) -> int:
     """Train, or validate; returns the exit code. Prints all problems of a file, one per line."""
     words = arguments_of(argv)
+    is_first = os.environ.get("RANK", "0") == "0"  # torchrun starts the same command many times
     try:
         config = load_config(
             words.config, words.overrides, words.ranks, words.memory_gb is not None
@@ -301,9 +302,11 @@ def main(argv) -> int:
         orchestrator = PretrainingOrchestrator(config)
         if not words.validate:
             return orchestrator.train()
-        print("\n".join(orchestrator.validate(words.ranks, words.memory_gb)))
+        lines = orchestrator.validate(words.ranks, words.memory_gb)
+        if is_first:
+            print("\n".join(lines))
     except ConfigError as e:
-        if os.environ.get("RANK", "0") == "0":  # torchrun starts the same command many times
+        if is_first:
             for problem in e.problems:
                 print(f"error: {problem}", file=sys.stderr)
         return 2
