@@ -118,6 +118,13 @@ SECTIONS = {
     "distributed": DISTRIBUTED,
 }
 PATH_OF = {own: f"{part}.{name}" for part, names in SECTIONS.items() for name, own in names.items()}
+# flags of the core that the section `distributed` decides
+DISTRIBUTED_FLAGS = {
+    "parallel": "distributed.strategy",
+    "reshard": "distributed.fsdp_config.sharding_strategy",
+    "replicate": "distributed.fsdp_config.replicate",
+    "cpu_offload": "distributed.fsdp_config.cpu_offload",
+}
 ALIASES = {("lr_scheduler", "fixed"): "constant"}
 FSDP = (  # keys of fsdp_config; strategies.py checks the values
     *("sharding_strategy", "mixed_precision", "activation_checkpointing"),
@@ -196,15 +203,6 @@ def in_words_of_the_file(text: str) -> str:
         return f"{path}{'=' if flag[2] else ''}" if path else flag[0]
 
     return re.sub(r"--(\w+)( (?=[\d.]))?", key, text)
-
-
-# flags of the core that the section `distributed` decides
-DISTRIBUTED_FLAGS = {
-    "parallel": "distributed.strategy",
-    "reshard": "distributed.fsdp_config.sharding_strategy",
-    "replicate": "distributed.fsdp_config.replicate",
-    "cpu_offload": "distributed.fsdp_config.cpu_offload",
-}
 
 
 class _Reader:
