@@ -91,6 +91,7 @@ class Setting:
     device: str = "cpu"  # such as cpu, mps or cuda:1
     parallel: str = "none"  # none, ddp or fsdp
     world: int = 1  # processes that share a model
+    reshard: bool = True  # under fsdp: a block's whole weights are freed after its forward pass
     cpu_offload: bool = False  # weights, gradients and optimizer state are in CPU memory
     keeps_copy: bool = False  # CPU memory has a copy of what goes into a checkpoint
     # attention is two products and a softmax, which keeps the (B, H, T, T) probabilities
@@ -179,6 +180,8 @@ def memory_of(config, s: Setting, galore_rank: int = 128) -> dict[str, int]:
     elif s.parallel == "fsdp":
         # whole weights, and gradients, of the embedding and two blocks
         exchange = 2 * (head + 2 * 4 * in_block)
+        if not s.reshard:  # whole weights of all blocks
+            exchange += max(0, weights - exchange // 2)
     copy = weights + optimizer
     if not s.keeps_copy or copy <= SMALL:
         copy = 0
