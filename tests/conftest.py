@@ -55,6 +55,7 @@ FULL = {
     "test_compare.py": ("test_damaged_lines_and_half_a_line_are_left_out",),
     "test_corpus.py": ("test_the_english_of_python_is_plenty_and_always_the_same",),
     "test_cuda.py": ("test_a_run_on_the_cpu_makes_no_cuda_context",),
+    "test_deepspeed.py": (),
     "test_doc_commands.py": (),
     "test_engines.py": ("test_five_sharding_strategies_train_as_one_process_does",),
     "test_fsdp.py": (),

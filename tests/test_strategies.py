@@ -316,8 +316,9 @@ def test_deepspeed_is_one_of_the_engines_and_refused_where_it_is_not_installed(m
     assert (engines["deepspeed"].plan.stage, DeepSpeedEngine.plan.stage) == (3, 0)
     with pytest.raises(ValueError, match="--parallel deepspeed: is for several processes"):
         choose_engine("deepspeed", engines)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     engine = engines["deepspeed"].__new__(engines["deepspeed"])
+    assert engine.memory_like(True) == ("fsdp", True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="is not installed; pip install deepspeed"):
         engine.check_options(False, True, 1)
 

@@ -60,6 +60,10 @@ class Engine:
         if dtype == torch.float16:
             self.loss_scale = {"scale": FIRST_LOSS_SCALE, "good": 0}
 
+    def memory_like(self, reshard: bool) -> tuple[str, bool]:
+        """(engine, reshard) of parts/training/plan.py whose memory this one takes."""
+        return self.name, reshard
+
     def building(self):
         """The context in which a job makes its model."""
         return contextlib.nullcontext()

@@ -53,14 +53,15 @@ def last_line(job, config, progress: Progress, run_dir: Path) -> str:
 
 def setting_of(config, engine, accum: int) -> Setting:
     """What determines the memory of this run's steps."""
-    names = ("batch_size", "dtype", "optimizer", "activation_checkpointing")
-    names += ("cpu_offload", "reshard")
+    names = ("batch_size", "dtype", "optimizer", "activation_checkpointing", "cpu_offload")
     elsewhere = config.plan_memory_gb and config.device == "auto"
+    parallel, reshard = engine.memory_like(config.reshard)
     return Setting(
         **{name: getattr(config, name) for name in names},
         grad_accum_steps=accum,
         device="cuda" if elsewhere else str(engine.ranks.device),
-        parallel=engine.name,
+        parallel=parallel,
+        reshard=reshard,
         world=engine.ranks.world // config.replicate,
         keeps_copy=engine.ranks.rank == 0,
     )

@@ -232,7 +232,8 @@ class Journal:
         """Send the distributions of parameters and gradients to wandb."""
         if not self.wandb:
             return
-        named = dict(model.named_parameters())
+        # under DeepSpeed's ZeRO 3 parameters are empty between two steps
+        named = {name: p for name, p in model.named_parameters() if p.numel()}
         self.wandb.put((step, {f"parameters/{n}": _histogram(p) for n, p in named.items()}))
         grads = {n: p.grad for n, p in named.items() if p.grad is not None}
         self.wandb.put((step, {f"gradients/{n}": _histogram(g) for n, g in grads.items()}))

@@ -152,7 +152,7 @@ def check_kind(kind: str, device, sharded: bool) -> None:
     of_matrices = kind == "muon" or kind.startswith("galore")
     if sharded and of_matrices:
         raise ValueError(
-            f"--optimizer {kind}: needs whole matrices, and --parallel fsdp shards them; "
+            f"--optimizer {kind}: needs whole matrices, and this --parallel shards them; "
             "use adamw, or --parallel ddp"
         )
     if kind.startswith("galore"):

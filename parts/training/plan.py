@@ -180,7 +180,7 @@ def memory_of(config, s: Setting, galore_rank: int = 128) -> dict[str, int]:
     elif s.parallel == "fsdp":
         # whole weights, and gradients, of the embedding and two blocks; or all weights stay whole
         units = head + 2 * 4 * in_block
-        exchange = units + (units if s.reshard else weights)
+        exchange = units + (units if s.reshard else max(units, weights))
     copy = weights + optimizer
     if not s.keeps_copy or copy <= SMALL:
         copy = 0

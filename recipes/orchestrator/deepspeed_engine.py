@@ -72,6 +72,10 @@ class DeepSpeedEngine(Engine):
         self.deepspeed = self.client = None
         self.offload, self.max_norm, self.veto = False, 0.0, False
 
+    def memory_like(self, reshard: bool) -> tuple[str, bool]:
+        """As Engine.memory_like. Stage 1 has whole gradients too, as fsdp while it accumulates."""
+        return ("fsdp" if self.plan.stage else "ddp"), self.plan.stage == 3
+
     def check_options(self, cpu_offload: bool, reshard: bool, replicate: int) -> None:
         """Raises ValueError if DeepSpeed is not installed, or for options that it does not have."""
         if not have_deepspeed():

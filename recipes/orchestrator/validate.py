@@ -87,7 +87,7 @@ def report(
         *(1.0, T, {"model_config": asdict(shape)}),
     )
     lines.append(disk_line(config, checkpoint_bytes(draft, config)))
-    attempt(check_kind, config.optimizer, device, config.parallel == "fsdp")
+    attempt(check_kind, config.optimizer, device, config.parallel in ("fsdp", "deepspeed"))
     config.tokenizer, config.context_length = str(tokenizer), T
     found = attempt(data_line, config)
     lines += batch_lines(config, world, T, found[1] if found else None)
