@@ -337,6 +337,7 @@ def test_the_7b_of_the_document_is_validated_without_its_memory(file_of, texts, 
     (path.parent / "texts").symlink_to(texts)
     monkeypatch.chdir(path.parent)
     config = load_config(path, world=8, elsewhere=True)
+    settings = dataclasses.asdict(config)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     lines = PretrainingOrchestrator(config).validate(ranks=8, memory_gb=80)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB; 27 GB fp32
@@ -348,6 +349,7 @@ def test_the_7b_of_the_document_is_validated_without_its_memory(file_of, texts, 
     assert "disk: 80.9 GB a checkpoint" in text
     assert "data: texts, 3 files, " in text and "not tokenised yet" in text
     assert sorted(p.name for p in path.parent.iterdir()) == ["a.yaml", "texts"]
+    assert dataclasses.asdict(config) == settings
     with pytest.raises(ConfigError, match="at most .* does NOT fit the 8 GB of each GPU"):
         PretrainingOrchestrator(config).validate(ranks=8, memory_gb=8)
 

@@ -36,7 +36,7 @@ from parts.base.files import make_folder, rename_durably
 from parts.cli.launch import print_notes, run_script
 from parts.data.batches import TrainBatches
 from parts.data.shards import holds_shards
-from parts.data.tokenizers import vocabulary_of
+from parts.data.tokenizers import FILES, vocabulary_of
 from parts.model.families import FAMILIES, shell
 from parts.storage import hf_llama
 from parts.training import engine as core
@@ -114,11 +114,11 @@ def engines_of(config: OrchestratorConfig, world: int) -> dict:
 # ------------------------------------------------------------------------------------------ the job
 
 
-def settle_data(config: OrchestratorConfig, base: Weights | None) -> None:
+def choose_tokenizer(config: OrchestratorConfig, base: Weights | None) -> int:
     """
-    Fill in the tokenizer, and write the text that comes with Python if it is the dataset.
+    Fill in the tokenizer; returns its number of ids (of a bpe that is not trained yet, the most).
 
-    Raises ValueError if the model has fewer ids than the tokenizer, or no tokenizer.
+    Raises ValueError if there is none, or if the model has fewer ids.
     """
     if config.tokenizer is None:
         config.tokenizer = "gpt2"
@@ -127,10 +127,13 @@ def settle_data(config: OrchestratorConfig, base: Weights | None) -> None:
                 what = f"{config.init_from} has no tokenizer; give one"
                 raise ValueError(f"data.tokenizer: {what}")
             config.tokenizer = str(base.tokenizer_path)
-    if config.dataset_name == PYTHON_DOCS:
-        config.dataset_name = str(write_python_docs(Path(config.cache_dir)))
-    if not holds_shards(config.dataset_name) and not config.tokenizer.startswith("bpe"):
-        check_vocabulary(config, vocabulary_of(config.tokenizer), base)
+    spec = config.tokenizer
+    if holds_shards(config.dataset_name) and (Path(config.dataset_name) / FILES[0]).is_file():
+        spec = config.dataset_name  # the one that the text was tokenised with
+    n_ids = vocabulary_of(spec)
+    if not spec.startswith("bpe"):
+        check_vocabulary(config, n_ids, base)
+    return n_ids
 
 
 def check_vocabulary(config: OrchestratorConfig, n_ids: int, base: Weights | None) -> None:
@@ -140,6 +143,15 @@ def check_vocabulary(config: OrchestratorConfig, n_ids: int, base: Weights | Non
         what = f"has {n_ids:,} ids, the model a vocabulary of {V:,}"
         fix = f"give the model's own, or model.vocab_size {n_ids}"
         raise ValueError(f"data.tokenizer: {config.tokenizer} {what}; {fix}")
+
+
+def row_length(config: OrchestratorConfig, shape) -> int:
+    """Tokens per row. Raises ValueError if that is more than the model can read."""
+    T = config.context_length or shape.block_size
+    if shape.block_size < T:
+        what = f"{T} is more than the {shape.block_size} positions that the model was made for"
+        raise ValueError(f"data.sequence_length: {what}; give less")
+    return T
 
 
 def write_python_docs(folder: Path) -> Path:
@@ -183,14 +195,13 @@ def make_job(config: OrchestratorConfig, building) -> Job:
     Raises ValueError or FileNotFoundError for what cannot be trained.
     """
     base = open_base(config) if config.init_from else None
-    settle_data(config, base)
+    choose_tokenizer(config, base)
+    if config.dataset_name == PYTHON_DOCS:
+        config.dataset_name = str(write_python_docs(Path(config.cache_dir)))
     text = open_text(config)
     check_vocabulary(config, text.tokenizer.vocab_size, base)
     shape = base.config if base else shape_of(config, text.tokenizer.vocab_size)
-    T = config.context_length = config.context_length or shape.block_size
-    if shape.block_size < T:
-        what = f"{T} is more than the {shape.block_size} positions that the model was made for"
-        raise ValueError(f"data.sequence_length: {what}; give less")
+    T = config.context_length = row_length(config, shape)
     facts = {"model_config": asdict(shape), **text.facts}
     if base:
         if shape.family == "gpt":

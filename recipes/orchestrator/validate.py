@@ -19,7 +19,6 @@ from parts.base.text import one_line
 from parts.base.units import format_bytes
 from parts.data import corpus
 from parts.data.shards import read_index, shards_of
-from parts.data.tokenizers import vocabulary_of
 from parts.model.cpu_products import attends_in_products
 from parts.model.families import FAMILIES, shell
 from parts.training.optim import check_kind
@@ -40,7 +39,7 @@ from recipes.orchestrator.config_loader import (
     strategy_settings,
 )
 from recipes.orchestrator.model_sizes import kind_of, open_base, shape_of
-from recipes.orchestrator.orchestrator import PYTHON_DOCS, check_vocabulary
+from recipes.orchestrator.orchestrator import PYTHON_DOCS, choose_tokenizer, row_length
 
 
 def report(
@@ -48,7 +47,7 @@ def report(
 ) -> tuple[list[str], list[str]]:
     """(lines about the run, problems) for so many ranks of so much memory; None: as it is here."""
     world = ranks or int(os.environ.get("WORLD_SIZE", 1))
-    problems = []
+    config, problems = replace(config), []  # what is filled in here is not the run's
 
     def attempt(function, *arguments):
         try:
@@ -60,14 +59,10 @@ def report(
     base = attempt(open_base, config) if config.init_from else None
     if config.init_from and base is None:
         return [], problems
-    tokenizer = config.tokenizer or (base and base.tokenizer_path) or "gpt2"
-    n_ids = attempt(vocabulary_of, str(tokenizer))
-    if n_ids and not str(tokenizer).startswith("bpe"):
-        attempt(check_vocabulary, config, n_ids, base)
+    n_ids = attempt(choose_tokenizer, config, base)
     shape = base.config if base else attempt(shape_of, config, n_ids or 1)
-    if shape is None:
+    if shape is None or (T := attempt(row_length, config, shape)) is None:
         return [], problems
-    T = config.context_length or shape.block_size
     device = torch.device("cuda") if memory_gb else pick_device(config.device)
     if config.dtype == "auto":
         config.dtype = "bf16"
@@ -88,7 +83,6 @@ def report(
     )
     lines.append(disk_line(config, checkpoint_bytes(draft, config)))
     attempt(check_kind, config.optimizer, device, config.parallel in ("fsdp", "deepspeed"))
-    config.tokenizer, config.context_length = str(tokenizer), T
     found = attempt(data_line, config)
     lines += batch_lines(config, world, T, found[1] if found else None)
     lines += [found[0]] if found else []
