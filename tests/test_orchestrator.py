@@ -189,6 +189,10 @@ BAD = {
         ["model.size=null", "model.num_attention_heads=4", "model.num_key_value_heads=3"],
         "model.num_key_value_heads: 3 does not divide model.num_attention_heads 4",
     ),
+    "a number that is not positive": (
+        ["model.size=null", "model.num_attention_heads=0"],
+        "model.num_attention_heads: 0 is out of range; give a positive number",
+    ),
     "dimensions that are missing": (
         ["model.size=null", "model.hidden_size=64"],
         "model.intermediate_size: is missing (model.intermediate_size, model.num_hidden_layers, ",
@@ -259,7 +263,7 @@ def test_hostile_yaml_is_refused(file_of):
     assert "line 5: model is given twice" in line
     (line,) = problems_of(file_of("- a\n- b\n"))
     assert "holds list, not a mapping" in line
-    assert len(problems_of(file_of(""))) == 5  # the sections, and the type
+    assert len(problems_of(file_of(""))) == 4  # the sections
 
 
 def test_a_file_that_does_not_exist_names_the_nearest(file_of):

@@ -263,6 +263,7 @@ class _Reader:
                 is_missing = part not in tree or block is None
                 what = "is missing" if is_missing else f"is {shown(block)}"
                 self.bad(part, f"{what}; give a section with {', '.join(list(names)[:4])}, ...")
+                self.wrong |= set(names.values())
                 continue
             for name, value in block.items():
                 path = f"{part}.{str(name)[:50]}"
@@ -312,6 +313,7 @@ class _Reader:
             if isinstance(value, dict | str):
                 return {own: value}
             self.bad(path, f"{shown(value)} is neither a file nor a block of keys")
+            self.wrong.add(own)
             return {}
         if not isinstance(value, dict):
             self.bad(path, f"{shown(value)} is not a block of keys")
@@ -346,7 +348,8 @@ class _Reader:
         self._check_blocks(config, elsewhere)
         settings, _, problems = strategy_settings(config, world)
         for path, what in problems:
-            self.bad(path, what)
+            if "deepspeed_config" not in self.wrong:
+                self.bad(path, what)
         for own, value in settings.items():
             asked = getattr(config, own)
             if own in self.given and asked not in (value, "auto"):

@@ -151,11 +151,8 @@ def model_problems(config) -> list[tuple[str, str]]:
 
 
 def _arithmetic(config, n: dict) -> list[tuple[str, str]]:
-    """Dimensions that are no positive numbers, or do not divide."""
+    """Dimensions that the family does not have, or that do not divide."""
     found = []
-    for name in (*FIXED, "vocab_size", "block_size"):
-        if name in n and n[name] < 1:
-            found.append((PATHS[name], f"{n[name]} is not positive; give at least 1"))
     if config.model_type == "gpt2":
         for name in (name for name in ONLY_LLAMA if getattr(config, name) is not None):
             if name == "n_hidden" and config.n_hidden == 4 * n.get("n_embd", 0):
@@ -165,7 +162,7 @@ def _arithmetic(config, n: dict) -> list[tuple[str, str]]:
     elif config.dropout:
         what = f"{config.dropout}: a {config.model_type} has none; leave it out"
         found.append((PATHS["dropout"], what))
-    if found:
+    if found or any(n.get(name, 1) < 1 for name in FIXED):  # reported as out of range
         return found
     H, C = n.get("n_head"), n.get("n_embd")
     K = n.get("n_kv_head")
