@@ -167,6 +167,7 @@ FULL = {
         "test_two_ranks_train_as_one",
         "test_four_ranks_under_each_strategy_train_as_one",
         "test_unused_parameters_are_found_only_if_asked_for",
+        "test_fsdp_killed_ten_times_equals_straight_to_the_bit",
     ),
     "test_start.py": ("test_all_ranks_refuse_before_any_text_is_read",),
     "test_warm.py": (),
@@ -176,6 +177,8 @@ FULL = {
     ),
 }
 KEPT = (
+    "test_two_ranks_train_as_one[ddp-4-2]",
+    "test_two_ranks_train_as_one_process[3]",
     "test_a_signal_ends_the_wait[SIGTERM-True]",
     "test_the_trainer_says_so_too[hf---init_from]",
     "test_a_run_learns_leaves_its_tree_and_resumes_to_the_same_bits[lora]",
