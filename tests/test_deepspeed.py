@@ -13,13 +13,12 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TORCHRUN, one_error_line, ranks
 from small_job import records
-from strategy_cases import LLAMA, SCRIPT, end_after, same_training, train_under
+from strategy_cases import LLAMA, SCRIPT, end_after, killed_ten_times, same_training, train_under
 from training_cases import (
     environment,
     flags,
     home,  # noqa: F401  a fixture
     ranks_of,
-    the_same_to_the_bit,
 )
 
 from parts.storage.checkpoint import newest_checkpoint
@@ -74,14 +73,8 @@ def test_bf16_is_that_of_ddp(home, stage):  # noqa: F811
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_killed_and_resumed_equals_straight_to_the_bit(home, stage):  # noqa: F811
-    settings = {"batch_size": 2, "grad_accum_steps": 2, "parallel": "deepspeed", "dropout": 0.1}
-    settings |= {"model_size": "nano", "save_ckpt_freq": 5, "eval_freq": 6}
-    straight = train_under(home, f"straight{stage}", 2, stage, **settings)
-    for step in (7, 13):
-        end_after(home, f"killed{stage}", step, world=2, stage=stage, **settings)
-    killed = train_under(home, f"killed{stage}", 2, stage, **settings)
-    assert the_same_to_the_bit(killed, straight)
+def test_killed_ten_times_equals_straight_to_the_bit(home, stage):  # noqa: F811
+    killed_ten_times(home, "deepspeed", stage)
 
 
 # the engine, ranks and ZeRO stage of each leg, and the step at which the next one takes over

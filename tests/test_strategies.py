@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from conftest import ROOT, TORCHRUN
-from strategy_cases import same_training, train_under
+from strategy_cases import killed_ten_times, same_training, train_under
 from training_cases import home  # noqa: F401  a fixture
 
 from parts.training.engine import choose_engine
@@ -343,6 +343,10 @@ def test_accumulation_on_one_process_changes_nothing(home, whole, rows, accumula
 def test_two_ranks_train_as_one(home, whole, parallel, rows, accumulation):  # noqa: F811
     settings = {"batch_size": rows, "grad_accum_steps": accumulation, "parallel": parallel}
     same_training(train_under(home, f"{parallel}-{rows}", 2, **settings), whole)
+
+
+def test_fsdp_killed_ten_times_equals_straight_to_the_bit(home):  # noqa: F811
+    killed_ten_times(home, "fsdp")
 
 
 @pytest.mark.parametrize("strategy", SHARDING)
