@@ -97,10 +97,10 @@ class RunConfig:
     MAY_CHANGE: ClassVar[tuple] = tuple(
         """
         config batch_size grad_accum_steps n_epochs eval_freq print_sample_iter save_ckpt_freq
-        save_ckpt_minutes save_retry_minutes max_unsaved_minutes keep_last max_minutes patience
-        max_bad_steps resume allow_change device parallel reshard replicate compile
-        activation_checkpointing cpu_offload deterministic plan plan_memory_gb run_name output_dir
-        log_exact use_wandb wandb_project tensorboard debug
+        validations_per_epoch save_ckpt_minutes save_retry_minutes max_unsaved_minutes keep_last
+        max_minutes patience max_bad_steps resume allow_change device parallel reshard replicate
+        compile activation_checkpointing cpu_offload deterministic plan plan_memory_gb run_name
+        output_dir log_exact use_wandb wandb_project tensorboard debug
         """.split()
     )
     IN_DATA: ClassVar[tuple] = ()  # settings that are compared by the data they lead to
@@ -117,7 +117,9 @@ class RunConfig:
     min_lr: float | None = None  # learning rate at the end; None: a tenth of max_lr
     warmup_steps: int | None = None  # steps up to max_lr; None: a tenth of the run, at most 2000
     warmup_ratio: float | None = None  # share of the steps, in place of warmup_steps
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # wsd: decay at the end
+    # after the warmup; wsd: constant, with a decay at the end
+    schedule: Literal["cosine", "cosine_with_restarts", "linear", "constant", "wsd"] = "cosine"
+    lr_cycles: int = 1  # cosines in cosine_with_restarts, each from max_lr to min_lr
     weight_decay: float = 0.1  # on matrices only
     max_grad_norm: float = 1.0  # clip the global norm of the gradient; 0: do not clip
     optimizer: Literal["adamw", "galore", "galore8bit", "muon"] = "adamw"  # of the blocks' matrices
@@ -126,6 +128,7 @@ class RunConfig:
     galore_scale: float = 0.25  # factor of GaLore's update
     # how often
     eval_freq: int = 500  # steps between two evaluations of the validation text
+    validations_per_epoch: float | None = None  # evaluations in an epoch, in place of eval_freq
     print_sample_iter: int = 500  # steps between two samples
     save_ckpt_freq: int = 1000  # steps between two checkpoints
     save_ckpt_minutes: float = 10.0  # minutes between two checkpoints; whichever comes first
@@ -552,7 +555,7 @@ def train(job: Job, config: RunConfig, engine: Engine, begin_afresh: Callable | 
             loss = sum(rank["loss"] for rank in everyone) / n_targets
             bad = guard.objection(loss)
             rates = (config.max_lr, config.min_lr, config.warmup_steps, config.max_steps)
-            lr = learning_rate(step, config.schedule, *rates)
+            lr = learning_rate(step, config.schedule, *rates, config.lr_cycles)
             norm, applied = engine.step(lr, config.max_grad_norm, veto=bad is not None)
             if bad is None and not math.isfinite(norm):
                 bad = f"the gradient is {norm}"
@@ -832,7 +835,8 @@ def run(config: RunConfig, make_job: Callable = gpt_job, engines: dict = ENGINES
             show_plan(job, config, engine)
             return 0
         with ranks.agree():
-            ranks.same(job.facts, "let all ranks see the same data and the same --cache_dir")
+            what = "has other data or another tokenizer than rank 0"
+            ranks.same(job.facts, what, "let all ranks see the same data and the same --cache_dir")
         return train(job, config, engine, begin_afresh)
 
 

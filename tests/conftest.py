@@ -55,6 +55,7 @@ FULL = {
     "test_compare.py": ("test_damaged_lines_and_half_a_line_are_left_out",),
     "test_corpus.py": ("test_the_english_of_python_is_plenty_and_always_the_same",),
     "test_cuda.py": ("test_a_run_on_the_cpu_makes_no_cuda_context",),
+    "test_deepspeed.py": (),
     "test_doc_commands.py": (),
     "test_engines.py": ("test_five_sharding_strategies_train_as_one_process_does",),
     "test_fsdp.py": (),
@@ -105,6 +106,7 @@ FULL = {
     ),
     "test_notebook_page.py": (),
     "test_on_gpu.py": (),
+    "test_orchestrator_runs.py": (),
     "test_packages.py": (
         "test_without_tqdm_and_matplotlib_a_run_is_complete_but_for_its_plot",
         "test_runs_are_compared_without_matplotlib",
@@ -167,6 +169,13 @@ FULL = {
         "test_a_console_without_unicode_does_not_stop_the_run",
     ),
     "test_foreign_weights.py": ("test_the_trainer_says_so_too",),
+    "test_strategies.py": (
+        "test_accumulation_on_one_process_changes_nothing",
+        "test_two_ranks_train_as_one",
+        "test_four_ranks_under_each_strategy_train_as_one",
+        "test_unused_parameters_are_found_only_if_asked_for",
+        "test_fsdp_killed_ten_times_equals_straight_to_the_bit",
+    ),
     "test_start.py": ("test_all_ranks_refuse_before_any_text_is_read",),
     "test_warm.py": (),
     "test_wt_load.py": (
@@ -177,6 +186,11 @@ FULL = {
 KEPT = (
     "test_a_gpt_neox_learns_resumes_and_loads_in_peft[lora]",
     "test_twenty_losses_equal_those_of_transformers_and_peft[lora-raw]",
+    "test_a_rank_with_another_file_is_one_line_and_nobody_waits",
+    "test_a_tiny_llama_of_100_steps_opens_in_transformers[none]",
+    "test_a_run_that_is_killed_ends_with_the_same_bits[1]",
+    "test_two_ranks_train_as_one[ddp-4-2]",
+    "test_two_ranks_train_as_one_process[3]",
     "test_a_signal_ends_the_wait[SIGTERM-True]",
     "test_the_trainer_says_so_too[hf---init_from]",
     "test_a_run_learns_leaves_its_tree_and_resumes_to_the_same_bits[lora]",

@@ -277,6 +277,17 @@ def test_a_wrong_file_names_the_setting_that_was_typed(text, line, yaml_refused)
     assert error.startswith(line)
 
 
+def test_a_name_given_twice_and_an_alias_are_refused_in_a_file(yaml_refused):
+    (line,) = yaml_refused("max_lr: 1\nbatch_size: 2\nmax_lr: 2\n")
+    assert "line 3: max_lr is given twice" in line
+    bomb = "a: &a [x, x]\n" + "".join(
+        f"{n}: &{n} [{', '.join(['*' + before] * 9)}]\n"
+        for before, n in zip("abcdefgh", "bcdefghi", strict=True)
+    )
+    (line,) = yaml_refused(bomb)
+    assert "line 2: the alias *a; write it out" in line
+
+
 def test_all_problems_of_a_file_are_reported_at_once(yaml_refused):
     assert len(yaml_refused("max_lr: fast\nbatch_size: many\ncontext_len: 1\n")) == 3
 

@@ -40,10 +40,31 @@ def test_the_learning_rate_is_the_closed_form(schedule, middle, last):
         assert lr(99) == pytest.approx(1 - 0.9 / 2, abs=0.03)  # falls over the last fifth
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
+@pytest.mark.parametrize("cycles", [1, 2, 3, 7])
+def test_a_cosine_with_restarts_is_whole_cosines_that_end_low_and_begin_high(cycles):
+    def lr(step, schedule="cosine_with_restarts", n=cycles):
+        return learning_rate(step, schedule, 1.0, 0.1, 10, 10 + 420 + 1, n)
+
+    length = 420 // cycles  # steps in a cycle
+    assert [lr(step) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    for cycle in range(cycles):
+        start = 10 + cycle * length
+        assert lr(start) == 1.0
+        for i in range(length):
+            expected = 0.1 + 0.9 * (1 + math.cos(math.pi * i / length)) / 2
+            assert lr(start + i) == pytest.approx(expected, rel=1e-15)
+    assert lr(430) == pytest.approx(0.1, rel=1e-15)  # the last step
+    if cycles == 1:
+        assert [lr(step) for step in range(431)] == [lr(step, "cosine") for step in range(431)]
+
+
+SCHEDULES = ["cosine", "cosine_with_restarts", "linear", "constant", "wsd"]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 1), (5, 5), (10, 5), (0, 2), (4, 5)])
 def test_a_warmup_as_long_as_the_run_does_not_divide_by_zero(schedule, warmup, steps):
-    rates = [learning_rate(s, schedule, 1.0, 0.1, warmup, steps) for s in range(steps)]
+    rates = [learning_rate(s, schedule, 1.0, 0.1, warmup, steps, 3) for s in range(steps)]
     assert all(0 < r <= 1 for r in rates)
 
 

@@ -167,6 +167,14 @@ def test_gradients_of_earlier_micro_batches_are_whole_also_under_fsdp():
     assert planned("ddp", 8, 4)["peak"] == alone + whole
 
 
+def test_without_reshard_whole_weights_stay_during_the_step():
+    config, whole = GPTConfig.of_size("1558M"), 4 * count_parameters(GPTConfig.of_size("1558M"))
+    setting = Setting(4, device="cuda", parallel="fsdp", world=8)
+    freed, kept = (memory_of(config, replace(setting, reshard=on)) for on in (True, False))
+    gathered = freed["exchange"] // 2  # whole weights of the embedding and two blocks
+    assert kept["peak"] - freed["peak"] == whole - gathered > 0
+
+
 def test_the_logits_of_fp16_take_12_bytes_each_in_the_backward_pass():
     config, B = GPTConfig.of_size("124M"), 4
     parts = memory_of(config, Setting(B, dtype="fp16", device="cuda"))

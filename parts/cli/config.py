@@ -82,7 +82,7 @@ def _commands(config_classes: dict, argv) -> tuple[object, list]:
     names = list(config_classes)
     word = argv[0] if argv else ""
     if word and word not in names and not word.startswith("-"):
-        nearest = _nearest(word, names)
+        nearest = nearest_name(word, names)
         _refuse([f"{word!r}: no such command{nearest}; the commands are {', '.join(names)}"])
     members = [
         Annotated[c, tyro.conf.subcommand(name, prefix_name=False)]
@@ -179,16 +179,17 @@ def from_yaml(config_class, path: str):
     for name, value in _without_sections(_read_yaml(path), config_class):
         own = others.get(name, name)
         if own not in types or own == "config":
-            nearest = name_here(str(name), types) or _nearest(str(name), sorted({*types, *others}))
+            known = sorted({*types, *others})
+            nearest = name_here(str(name), types) or nearest_name(str(name), known)
             problems.append(f"{path}: {str(name)[:50]!r}: no such setting{nearest}")
         elif own in names:
             problems.append(f"{path}: {names[own]}, {name}: are the same setting; give one of them")
         else:
             names[own] = name
             try:
-                values[own] = _converted(value, types[own])
+                values[own] = converted(value, types[own])
             except (TypeError, ValueError, OverflowError):
-                problems.append(f"{path}: {name}: {_shown(value)} is not {_words(types[own])}")
+                problems.append(f"{path}: {name}: {shown(value)} is not {words_of(types[own])}")
     if problems:
         _refuse(problems)
     return dataclasses.replace(config_class(), config=path, **values)
@@ -204,29 +205,62 @@ def _without_sections(lines: dict, config_class):
 
 
 def _read_yaml(path: str) -> dict:
-    """The mapping in a YAML file; {} if the file is empty."""
-    import yaml  # here: only a run with --config needs it
-
-    example = "write lines such as max_lr: 5e-4"
+    """As read_yaml; prints the problem and exits with 2."""
     try:
-        with open(path, encoding="utf-8") as f:
-            text = f.read(MAX_YAML_CHARS + 1)
-        if len(text) > MAX_YAML_CHARS:
-            raise ValueError(f"longer than {MAX_YAML_CHARS:,} characters")
-        values = yaml.safe_load(text)
+        return read_yaml(path)
     except OSError as e:
         _refuse([f"--config: {path or 'is empty'}: {e.strerror}"])
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as e:
-        reason = one_line(e, 200)
-        _refuse([f"{path}: not readable as YAML ({reason}); {example}"])
+    except ValueError as e:
+        _refuse([f"{path}: {e}"])
+
+
+def read_yaml(path, example: str = "write lines such as max_lr: 5e-4") -> dict:
+    """
+    The mapping in a YAML file; {} if the file is empty.
+
+    Plain values, lists and mappings only. Raises OSError, or ValueError with what is wrong with the
+    contents: no mapping, a tag, a name that is given twice, or an alias, which makes a file of a
+    few lines as large as one likes.
+    """
+    import yaml  # here: only a run with a file needs it
+
+    with open(path, encoding="utf-8") as f:
+        try:
+            text = f.read(MAX_YAML_CHARS + 1)
+            if len(text) > MAX_YAML_CHARS:
+                raise ValueError(f"longer than {MAX_YAML_CHARS:,} characters")
+            for event in yaml.parse(text, Loader=yaml.SafeLoader):
+                if isinstance(event, yaml.AliasEvent):
+                    line = event.start_mark.line + 1
+                    raise ValueError(f"line {line}: the alias *{event.anchor[:50]}; write it out")
+            _refuse_repeated(yaml.compose(text, Loader=yaml.SafeLoader))
+            values = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError) as e:
+            reason = one_line(e, 200)
+            raise ValueError(f"not readable as YAML ({reason}); {example}") from e
     if values is None:
         return {}
     if not isinstance(values, dict):
-        _refuse([f"{path}: holds {type(values).__name__}, not a mapping; {example}"])
+        raise ValueError(f"holds {type(values).__name__}, not a mapping; {example}")
     return values
 
 
-def _converted(value, kind):
+def _refuse_repeated(node) -> None:
+    """Raise ValueError if a mapping in a tree of YAML nodes has a name twice."""
+    if isinstance(getattr(node, "value", None), str | None):
+        return
+    names = set()
+    for part in node.value:
+        name, value = part if isinstance(part, tuple) else (None, part)
+        if name is not None and isinstance(name.value, str):
+            if name.value in names:
+                line = name.start_mark.line + 1
+                raise ValueError(f"line {line}: {name.value[:50]} is given twice; keep one")
+            names.add(name.value)
+        _refuse_repeated(value)
+
+
+def converted(value, kind):
     """A YAML value as the field's type. Raises ValueError or TypeError if it does not fit."""
     choices = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
@@ -236,7 +270,7 @@ def _converted(value, kind):
     if choices:  # T | None
         if value is None and type(None) in choices:
             return None
-        return _converted(value, next(c for c in choices if c is not type(None)))
+        return converted(value, next(c for c in choices if c is not type(None)))
     if kind is bool:
         if not isinstance(value, bool):
             raise TypeError
@@ -250,13 +284,15 @@ def _converted(value, kind):
     return kind(value)
 
 
-def _shown(value) -> str:
+def shown(value) -> str:
+    """A YAML value in an error message."""
     if isinstance(value, str | int | float | bool | None):
         return repr(value)[:50]
     return type(value).__name__
 
 
-def _words(kind) -> str:
+def words_of(kind) -> str:
+    """What a value of this type is, for an error message."""
     if typing.get_origin(kind) is typing.Literal:
         return f"one of {', '.join(map(repr, typing.get_args(kind)))}"
     name = getattr(kind, "__name__", str(kind)) if isinstance(kind, type) else str(kind)
@@ -278,7 +314,8 @@ def _refuse(problems) -> NoReturn:
     sys.exit(2)
 
 
-def _nearest(word: str, known) -> str:
+def nearest_name(word: str, known) -> str:
+    """A question with the name in `known` that is most similar, else nothing."""
     near = difflib.get_close_matches(re.sub(r"(?<=\w)-", "_", word.lower()), known, n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -289,8 +326,8 @@ def _suggestion(flag: str, name: str, known: list[str]) -> str:
     if bare not in known and (words := name_here(bare, known)):
         return words
     # what all flags of a kind begin with does not make them similar
-    similar = _nearest(bare.removeprefix("use_"), [k.removeprefix("use_") for k in known])
-    return _nearest(flag, [f"--{k}" for k in known]) if similar else ""
+    similar = nearest_name(bare.removeprefix("use_"), [k.removeprefix("use_") for k in known])
+    return nearest_name(flag, [f"--{k}" for k in known]) if similar else ""
 
 
 def _problems(tyro_output: str, argv, typed: dict[str, str], classes) -> list[str]:

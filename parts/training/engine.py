@@ -60,6 +60,10 @@ class Engine:
         if dtype == torch.float16:
             self.loss_scale = {"scale": FIRST_LOSS_SCALE, "good": 0}
 
+    def memory_like(self, reshard: bool) -> tuple[str, bool]:
+        """(engine, reshard) of parts/training/plan.py whose memory this one takes."""
+        return self.name, reshard
+
     def building(self):
         """The context in which a job makes its model."""
         return contextlib.nullcontext()
@@ -178,20 +182,23 @@ class Engine:
         Returns (norm of the gradient before clipping, whether the weights were updated). Nothing is
         updated with `veto`, or if the norm is not finite.
         """
-        finite = math.isfinite(self.norm)
-        applied = finite and not veto
+        applied = math.isfinite(self.norm) and not veto
         if applied:
             clip = max(1.0, (self.norm + 1e-6) / max_norm) if max_norm else 1.0
             self.optimizer.set_lr(lr)
             self.optimizer.step(grad_scale=self.scale * clip)
         self.discard()
-        if self.loss_scale and not finite:
+        self.adapt_scale()
+        return self.norm, applied
+
+    def adapt_scale(self) -> None:
+        """Halve the loss scale of fp16 after an overflow, double it after many good steps."""
+        if self.loss_scale and not math.isfinite(self.norm):
             self.loss_scale |= {"scale": self.loss_scale["scale"] / 2, "good": 0}
         elif self.loss_scale:
             self.loss_scale["good"] += 1
             if self.loss_scale["good"] % STEPS_BETWEEN_SCALES == 0:
                 self.loss_scale["scale"] *= 2
-        return self.norm, applied
 
     @property
     def scale(self) -> float:

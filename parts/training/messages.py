@@ -55,11 +55,13 @@ def setting_of(config, engine, accum: int) -> Setting:
     """What determines the memory of this run's steps."""
     names = ("batch_size", "dtype", "optimizer", "activation_checkpointing", "cpu_offload")
     elsewhere = config.plan_memory_gb and config.device == "auto"
+    parallel, reshard = engine.memory_like(config.reshard)
     return Setting(
         **{name: getattr(config, name) for name in names},
         grad_accum_steps=accum,
         device="cuda" if elsewhere else str(engine.ranks.device),
-        parallel=engine.name,
+        parallel=parallel,
+        reshard=reshard,
         world=engine.ranks.world // config.replicate,
         keeps_copy=engine.ranks.rank == 0,
     )

@@ -99,18 +99,27 @@ class Speed:
     """
     Tokens per second of training alone, without evaluation, samples and checkpoints.
 
-    peak: operations per second of one device; None: not known.
+    peak: operations per second of one device; None: not known. window: steps that the speed is the
+    mean over. clock() -> seconds; None: time.perf_counter.
     """
 
-    def __init__(self, flops_per_token: int, peak: float | None, n_devices: int = 1):
+    def __init__(
+        self,
+        flops_per_token: int,
+        peak: float | None,
+        n_devices: int = 1,
+        window: int = STEPS_OF_SPEED,
+        clock=None,
+    ):
         self.flops_per_token = flops_per_token
         self.peak = peak and peak * n_devices
+        self.window, self.clock = window, clock or time.perf_counter
         self.recent = []  # (tokens, seconds) of the last steps
         self.started = None
 
     def start(self) -> None:
         """Begin to measure a step."""
-        self.started = time.perf_counter()
+        self.started = self.clock()
 
     def stop(self, n_tokens: int) -> dict:
         """
@@ -118,10 +127,10 @@ class Speed:
 
         n_tokens: of this step on all ranks. mfu, the share of the peak, is None if that is unknown.
         """
-        self.recent.append((n_tokens, time.perf_counter() - self.started))
-        self.recent = self.recent[-STEPS_OF_SPEED:]
+        self.recent.append((n_tokens, self.clock() - self.started))
+        self.recent = self.recent[-self.window :]
         tokens, seconds = map(sum, zip(*self.recent, strict=True))
-        rate = tokens / seconds
+        rate = tokens / seconds if seconds else 0.0
         mfu = rate * self.flops_per_token / self.peak if self.peak else None
         return {"tokens_per_s": round(rate, 1), "mfu": mfu}
 
@@ -223,7 +232,8 @@ class Journal:
         """Send the distributions of parameters and gradients to wandb."""
         if not self.wandb:
             return
-        named = dict(model.named_parameters())
+        # under DeepSpeed's ZeRO 3 parameters are empty between two steps
+        named = {name: p for name, p in model.named_parameters() if p.numel()}
         self.wandb.put((step, {f"parameters/{n}": _histogram(p) for n, p in named.items()}))
         grads = {n: p.grad for n, p in named.items() if p.grad is not None}
         self.wandb.put((step, {f"gradients/{n}": _histogram(g) for n, g in grads.items()}))

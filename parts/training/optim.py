@@ -27,14 +27,21 @@ WHOLE = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 def learning_rate(
-    step: int, schedule: str, max_lr: float, min_lr: float, warmup_steps: int, max_steps: int
+    step: int,
+    schedule: str,
+    max_lr: float,
+    min_lr: float,
+    warmup_steps: int,
+    max_steps: int,
+    cycles: int = 1,
 ) -> float:
     """
     Learning rate of optimizer step `step` (0 is the first, max_steps - 1 the last), in closed form.
 
     Linear warmup to max_lr, then: "cosine" and "linear" fall to min_lr at the last step, "constant"
     stays, "wsd" (warmup, stable, decay; Hu et al. 2024) stays and falls linearly over the last
-    fifth.
+    fifth. "cosine_with_restarts" (Loshchilov and Hutter 2017) is that many `cycles` of the cosine,
+    equally long, each of which begins at max_lr again.
     """
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
@@ -43,8 +50,11 @@ def learning_rate(
     start = warmup_steps  # of the decay
     if schedule == "wsd":
         start = max(warmup_steps, max_steps - int(max_steps * WSD_DECAY_SHARE) - 1)
-    done = min(1.0, max(0, step - start) / max(1, max_steps - 1 - start))  # 1 at the last step
-    share = 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
+    length = max(1, max_steps - 1 - start)
+    done = min(1.0, max(0, step - start) / length)  # 1 at the last step
+    if schedule == "cosine_with_restarts" and done < 1:
+        done = (step - start) * cycles % length / length  # of this cycle; whole numbers are exact
+    share = 0.5 * (1 + math.cos(math.pi * done)) if schedule.startswith("cosine") else 1 - done
     return min_lr + (max_lr - min_lr) * share
 
 
@@ -142,7 +152,7 @@ def check_kind(kind: str, device, sharded: bool) -> None:
     of_matrices = kind == "muon" or kind.startswith("galore")
     if sharded and of_matrices:
         raise ValueError(
-            f"--optimizer {kind}: needs whole matrices, and --parallel fsdp shards them; "
+            f"--optimizer {kind}: needs whole matrices, and this --parallel shards them; "
             "use adamw, or --parallel ddp"
         )
     if kind.startswith("galore"):

@@ -91,6 +91,7 @@ class Setting:
     device: str = "cpu"  # such as cpu, mps or cuda:1
     parallel: str = "none"  # none, ddp or fsdp
     world: int = 1  # processes that share a model
+    reshard: bool = True  # under fsdp: a block's whole weights are freed after its forward pass
     cpu_offload: bool = False  # weights, gradients and optimizer state are in CPU memory
     keeps_copy: bool = False  # CPU memory has a copy of what goes into a checkpoint
     # attention is two products and a softmax, which keeps the (B, H, T, T) probabilities
@@ -177,8 +178,9 @@ def memory_of(config, s: Setting, galore_rank: int = 128) -> dict[str, int]:
     if s.parallel == "ddp":  # buckets, allocated at the start; gradients become views of them
         exchange, earlier = earlier, earlier + weights
     elif s.parallel == "fsdp":
-        # whole weights, and gradients, of the embedding and two blocks
-        exchange = 2 * (head + 2 * 4 * in_block)
+        # whole weights, and gradients, of the embedding and two blocks; or all weights stay whole
+        units = head + 2 * 4 * in_block
+        exchange = units + (units if s.reshard else max(units, weights))
     copy = weights + optimizer
     if not s.keeps_copy or copy <= SMALL:
         copy = 0

@@ -114,15 +114,17 @@ class Ranks:
         if any(failed):
             raise SystemExit(2)
 
-    def same(self, facts: dict, fix: str) -> None:
-        """Raises ValueError on all ranks if these JSON values differ from rank 0's on any rank."""
+    def same(self, facts: dict, what: str, fix: str) -> None:
+        """
+        Raises ValueError on all ranks if these JSON values differ from rank 0's on any rank.
+
+        The message is `what` such a rank does, and what would `fix` it.
+        """
         text = json.dumps(facts, sort_keys=True).encode()
         digest = int.from_bytes(hashlib.sha256(text).digest()[:6], "big")  # fp64 holds it exactly
         digests = [rank["digest"] for rank in self.gather({"digest": digest})]
         if wrong := [r for r in range(self.world) if digests[r] != digests[0]]:
-            raise ValueError(
-                f"rank {wrong[0]} has other data or another tokenizer than rank 0; {fix}"
-            )
+            raise ValueError(f"rank {wrong[0]} {what}; {fix}")
 
     # ------------------------------------------------------------------------------- sharing
 

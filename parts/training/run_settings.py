@@ -32,30 +32,37 @@ LENGTH = ("max_steps", "min_lr", "warmup_steps")  # what resolve_length fills in
 
 
 def check_settings(config) -> None:
-    """Refuse values that cannot be right. Raises ValueError."""
+    """Refuse values that cannot be right. Raises ValueError with the first of them."""
+    for problem in setting_problems(config):
+        raise ValueError(problem)
+
+
+def setting_problems(config) -> list[str]:
+    """What is wrong with values that cannot be right, one line each."""
+    found = []
     for name, value in asdict(config).items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         lowest = 0 if name in MAY_BE_ZERO else 1e-300
         if not lowest <= value < (1 if name in BELOW_ONE else math.inf):
-            raise ValueError(f"--{name}: {value} is out of range; give a positive number")
+            found.append(f"--{name}: {value} is out of range; give a positive number")
     if config.run_name in ("", ".", "..") or config.output_dir == "":
-        raise ValueError("--run_name, --output_dir: a name is empty; give the run one of its own")
+        found.append("--run_name, --output_dir: a name is empty; give the run one of its own")
     if config.seed >= 2**32:
-        raise ValueError(f"--seed: {config.seed} does not fit into 32 bits")
+        found.append(f"--seed: {config.seed} does not fit into 32 bits")
     if config.warmup_steps is not None and config.warmup_ratio is not None:
-        raise ValueError("--warmup_steps, --warmup_ratio: give one of them")
+        found.append("--warmup_steps, --warmup_ratio: give one of them")
     if config.min_lr is not None and config.min_lr > config.max_lr:
-        raise ValueError(
+        found.append(
             f"--min_lr: {config.min_lr:g} is above --max_lr {config.max_lr:g}; lower one of them"
         )
     known = {field.name for field in fields(config)}
-    unknown = [name for name in allowed_changes(config) if name not in known]
-    if unknown:
+    if unknown := [name for name in allowed_changes(config) if name not in known]:
         names = ", ".join(unknown)
-        raise ValueError(
+        found.append(
             f"--allow_change: {names}: no such setting; write --allow_change max_lr,max_steps"
         )
+    return found
 
 
 def allowed_changes(config) -> list[str]:
@@ -111,7 +118,8 @@ def check_resumed(state: dict, config, facts: dict, rows_per_step: int) -> None:
 
 def resolve_length(config, saved: dict, batches, rows_per_step: int) -> None:
     """
-    Fill in max_steps, min_lr and warmup_steps if they are None.
+    Fill in max_steps, min_lr and warmup_steps if they are None, and eval_freq if
+    validations_per_epoch asks for it.
 
     A resumed run (`saved` are its settings) keeps its warmup, and its min_lr with its max_lr.
     Raises ValueError if the text (a RowBatches) is less than one step.
@@ -134,6 +142,9 @@ def resolve_length(config, saved: dict, batches, rows_per_step: int) -> None:
         if config.warmup_ratio is not None:
             by_default = int(config.warmup_ratio * config.max_steps)
         config.warmup_steps = saved.get("warmup_steps", by_default)
+    if config.validations_per_epoch is not None:
+        steps = batches.n_rows / rows_per_step / config.validations_per_epoch
+        config.eval_freq = max(1, round(steps))
 
 
 def rows_of_step(config, saved: dict, saved_rows: int, world: int) -> int:

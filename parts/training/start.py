@@ -9,6 +9,7 @@ trained on the text.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from parts.cli.launch import error_line
@@ -24,9 +25,12 @@ def check_start(config, engine, stack) -> Callable | None:
     """
     Claim the run folder until `stack` closes; returns what moves an earlier run in it aside.
 
-    None on other ranks than 0. Raises ValueError if the folder cannot be had, or the settings do
-    not fit this engine, device and installation; FileNotFoundError if --resume names nothing.
+    None on other ranks than 0. Raises ValueError if the ranks were started with different settings,
+    if the folder cannot be had, or the settings do not fit this engine, device and installation;
+    FileNotFoundError if --resume names nothing. Ranks exchange.
     """
+    fix = "start all ranks with the same file and the same command line"
+    engine.ranks.same(asdict(config), "has other settings than rank 0", fix)
     engine.check_options(config.cpu_offload, config.reshard, config.replicate)
     check_kind(config.optimizer, engine.ranks.device, sharded=engine.shards)
     if engine.ranks.rank != 0:

@@ -8,6 +8,7 @@ The hash compared is that of weights, optimizer state, every logged loss and the
 (hash_run.py). The harness is not part of the project; without it these tests skip.
 """
 
+import importlib.util
 import re
 import sys
 
@@ -20,9 +21,13 @@ pytestmark = pytest.mark.filterwarnings(
 
 TARGETS, MANY = ("none", "thread", "ddp", "fsdp", "galore", "muon"), ("ddp", "fsdp")
 Q_TARGETS = ("q_lora", "q_qlora", "q_lora_ddp")  # of recipes/q_lora
+DEEPSPEED = tuple(f"deepspeed-{stage}" for stage in range(4))
 # test -> (targets every time, targets with --nightly)
 WHERE = {
-    "test_kill": (("none", "ddp", "fsdp", "llama", "q_lora"), (*TARGETS, "llama", *Q_TARGETS)),
+    "test_kill": (
+        ("none", "ddp", "fsdp", "llama", "q_lora"),
+        (*TARGETS, "llama", *Q_TARGETS, *DEEPSPEED),
+    ),
     "test_kill_before_file_events": (("none", "ddp"), TARGETS),
     "test_signals": (("none", "ddp"), (*TARGETS, *Q_TARGETS)),
     "test_damaged_checkpoints": (("none",), ("none", "ddp", "fsdp", *Q_TARGETS)),
@@ -55,8 +60,12 @@ def bench(request, tmp_path_factory):
         import faultlib
     finally:
         sys.path.pop(0)
-    target = faultlib.Target.load(ROOT / f"tests/faults/{request.param}.toml")
+    name, _, stage = request.param.partition("-")
+    if stage and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("needs the package deepspeed")
+    target = faultlib.Target.load(ROOT / f"tests/faults/{name}.toml")
     target.env["PYTHONPATH"] = f"{SHARED / 'faults/inject'}:{ROOT}"
+    target.env["ZERO_STAGE"] = stage or "0"
     bench = faultlib.Bench(target, seed=20, root=tmp_path_factory.mktemp(request.param))
     report = bench.baseline()
     assert not report.problems, str(report)
