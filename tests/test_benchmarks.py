@@ -38,7 +38,8 @@ def test_lora_step_computes_the_same_loss_on_both_sides(padded):
     flags = "--turns 1 --batch_files 4 --context_length 64 --vocab_size 300 --way autocast".split()
     out = run("lora_step.py", *flags, "--activation_checkpointing", *["--padded"] * padded)
     losses = re.findall(r"first loss ([\d.]+)", out)
-    assert len(losses) == 2 and abs(float(losses[0]) - float(losses[1])) < 0.02
+    assert len(losses) == 2
+    assert abs(float(losses[0]) - float(losses[1])) < (0.1 if padded else 5e-3)
     kind = "padded" if padded else "packed"
     assert re.search(rf"{kind}: [\d.]+ times the tokens/s", out)
 
