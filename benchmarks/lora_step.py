@@ -327,7 +327,7 @@ def main() -> None:
         print(f"{name}: {rates[side]:,.0f} tokens/s, first loss {loss:.4f}")
     a, b = (seen[side][0]["loss"] for side in SIDES)
     # with --padded they differ in the tokens after a row is full, and in what follows an end
-    if abs(a - b) > (0.1 if args.padded else 5e-3):  # padded: theirs are cut, so other tokens
+    if abs(a - b) > (0.1 if args.padded else 5e-3):
         raise SystemExit("the two sides do not compute the same loss")
     what = "padded" if args.padded else "packed"
     print(f"{what}: {rates['ours'] / rates['theirs']:.2f} times the tokens/s")
