@@ -10,6 +10,7 @@ from conftest import ranks
 from small_job import SpoiledGradient, bits, config_of, loss_fn, records, small_job
 
 from parts.training.engine import ENGINES, Engine, choose_engine
+from parts.training.ranks import Ranks
 from pretraining_advanced import run
 
 
@@ -175,3 +176,13 @@ def test_a_run_says_which_engine_it_used(here):
     assert train("named") == 0
     config = json.loads(Path("runs/named/run.json").read_text(encoding="utf-8"))["config"]
     assert config["parallel"] == "owns"
+
+
+def test_the_loss_scale_halves_after_an_overflow_and_doubles_after_many_good_steps():
+    engine = Engine(Ranks(torch.device("cpu"), group=False), torch.float16)
+    first = engine.scale
+    for norm, n_steps, factor in ((math.inf, 2, 1 / 4), (1.0, 1999, 1 / 4), (1.0, 1, 1 / 2)):
+        for _ in range(n_steps):
+            engine.norm = norm
+            engine.adapt_scale()
+        assert engine.scale == first * factor

@@ -103,7 +103,7 @@ model = setup_model_with_ddp(plain)
 for n in range(2):
     loss = model(torch.ones(1, 2) * (1 + torch.distributed.get_rank()))
     loss.backward()
-print("mean", plain["used"].weight.grad.tolist())
+sys.stdout.write(f"mean {plain['used'].weight.grad.tolist()}\\n")  # at once, beside the other rank
 """
 
 

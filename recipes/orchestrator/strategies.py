@@ -15,9 +15,12 @@ to the same losses, and each resumes from the checkpoints of the others.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import difflib
 import os
+import sys
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 
@@ -234,10 +237,21 @@ def setup_model_with_ddp(model: torch.nn.Module) -> torch.nn.Module:
     return wrapped
 
 
+CLOSING_S = 30  # the longest wait for the other ranks at the end
+
+
 def _close_ddp() -> None:
-    """Drop what holds the group, then the group, or the process sometimes aborts at its end."""
+    """
+    Drop what holds the group, then the group, or the process sometimes aborts at its end.
+
+    All ranks come here first, unless this one ends with an error: DDP with find_unused_parameters
+    does not wait for its last exchange.
+    """
     import torch.distributed as dist
 
+    if dist.is_initialized() and not hasattr(sys, "last_value"):
+        with contextlib.suppress(RuntimeError):  # another rank ended with an error
+            dist.barrier(async_op=True).wait(timedelta(seconds=CLOSING_S))
     for model in _ddp.pop("models", []):
         model.reducer = model.logger = None
     if dist.is_initialized():
