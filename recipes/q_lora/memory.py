@@ -23,7 +23,7 @@ from parts.model.cpu_products import attends_in_blocks
 from parts.model.llama import LlamaConfig
 from parts.model.losses import head_bytes
 from parts.model.nf4 import BLOCK, GROUP
-from parts.training.plan import Setting, count_parameters, matrices_of_block, memory_of
+from parts.training.plan import HOLES, Setting, count_parameters, matrices_of_block, memory_of
 
 METHODS = ("full", "lora", "qlora")
 GPUS_GB = (8, 24, 80)  # whose tips are computed
@@ -76,17 +76,17 @@ def frozen_bytes(shape: LlamaConfig, method: str, e: int) -> int:
     return shape.n_layer * in_blocks + e * rest
 
 
-def activation_bytes(shape: LlamaConfig, s: Setting, rank: int, dropout: float) -> int:
-    """Bytes that the forward pass of a micro-batch keeps with adapters, without the head's."""
+def block_bytes(shape: LlamaConfig, s: Setting, rank: int, dropout: float) -> int:
+    """Bytes that the forward pass of a micro-batch keeps of a block with adapters."""
     B, T, C, L = s.batch_size, shape.block_size, shape.n_embd, shape.n_layer
     H, K, D = shape.n_head, shape.n_kv_head, shape.head_dim
     e, n, on_cpu = DTYPES[s.dtype].itemsize, s.batch_size * T, s.device == "cpu"
-    norm = (4 if on_cpu else e) * n * C + 4 * n  # the input, its root mean square
+    block = 2 * _norm_bytes(shape, s)
     # what the adapters of q, k, v, o, gate, up and down read
     inputs = [C, C, C, H * D, C, C, shape.n_hidden]
     shared = e * n * (C + H * D + C + shape.n_hidden)
     own = (e + (e if on_cpu else 1)) * n * sum(inputs)  # dropout: each its own, and a mask
-    block = 2 * norm + (own if dropout else shared)
+    block += own if dropout else shared
     block += len(inputs) * e * n * rank + (e * trained_numbers(shape, "lora", rank) // L) * (e < 4)
     block += 3 * e * n * shape.n_hidden  # gate, its SiLU, the other half
     block += e * n * (H + 2 * K) * D  # query, key, value
@@ -95,9 +95,28 @@ def activation_bytes(shape: LlamaConfig, s: Setting, rank: int, dropout: float) 
     elif not attends_in_blocks(torch.device(s.device), DTYPES[s.dtype], T, 0.0):
         # the mask as numbers; the logarithm of each row's sum; the output
         block += e * B * T * T + 4 * n * H + e * n * H * D
-    ends = norm + e * n * C + B * T * T + 4 * T * D  # the last norm, head; mask, cosines and sines
-    stream = e * n * C  # in the dtype of the base
-    return ends + (L * stream + block if s.activation_checkpointing else L * block)
+    return block
+
+
+def _norm_bytes(shape: LlamaConfig, s: Setting) -> int:
+    """Bytes that a norm keeps: its input, which a CPU has in fp32, and its root mean square."""
+    e, n = DTYPES[s.dtype].itemsize, s.batch_size * shape.block_size
+    return (4 if s.device == "cpu" else e) * n * shape.n_embd + 4 * n
+
+
+def activation_bytes(shape: LlamaConfig, s: Setting, rank: int, dropout: float) -> int:
+    """
+    Bytes that the forward pass of a micro-batch keeps with adapters, without the head's.
+
+    With activation checkpointing the inputs of the blocks; each block is recomputed later.
+    """
+    B, T, C, L = s.batch_size, shape.block_size, shape.n_embd, shape.n_layer
+    stream = DTYPES[s.dtype].itemsize * B * T * C  # in the dtype of the base
+    # the last norm, the input of the head; the mask of all blocks, cosines and sines
+    ends = _norm_bytes(shape, s) + stream + B * T * T + 4 * T * shape.head_dim
+    if s.activation_checkpointing:
+        return ends + L * stream
+    return ends + L * block_bytes(shape, s, rank, dropout)
 
 
 def memory(shape: LlamaConfig, s: Setting, method: str, rank: int, dropout: float) -> dict:
@@ -122,9 +141,14 @@ def memory(shape: LlamaConfig, s: Setting, method: str, rank: int, dropout: floa
         "activations": activation_bytes(shape, s, rank, dropout),
         "logits": head_bytes(*head, stored=torch.float32 if e == 4 else kind),
     }
+    if s.activation_checkpointing:  # the logits are gone when a block is recomputed
+        block = block_bytes(shape, s, rank, dropout)
+        parts["a block, or logits"] = max(block, parts.pop("logits"))
     if method == "qlora":  # one layer's weight in fp32, its scaled copy, and in 16 bits
         largest = max(rows * columns for rows, columns in matrices_of_block(shape))
         parts["one layer in 16 bits"] = (8 + DTYPES[s.dtype].itemsize) * largest
+    if s.device == "cpu" and not s.activation_checkpointing:  # see engine.keep_freed_memory
+        parts["holes in the heap"] = int(HOLES * sum(parts.values()))
     return parts | {"peak": sum(parts.values())}
 
 
