@@ -17,6 +17,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import difflib
+import gc
 import os
 import sys
 from dataclasses import dataclass
@@ -252,7 +253,8 @@ def _close_ddp() -> None:
     if dist.is_initialized() and not hasattr(sys, "last_value"):
         with contextlib.suppress(RuntimeError):  # another rank ended with an error
             dist.barrier(async_op=True).wait(timedelta(seconds=CLOSING_S))
-    for model in _ddp.pop("models", []):
-        model.reducer = model.logger = None
+    for model in _ddp.pop("models", []):  # else the group's threads would outlive the interpreter
+        model.reducer = model.logger = model.process_group = None
+    gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
