@@ -6,18 +6,13 @@ import re
 import shlex
 import subprocess
 
-import torch
 from conftest import ROOT, run, shared
 from documents import commands
+from q_cases import SCRIPT, write_model
 
-from parts.data.tokenizers import byte_tokenizer
-from parts.model.llama import Llama
-from parts.storage import formats, hf_llama
-from recipes.q_lora.bases import tiny_config
 from wt_load import load_gpt
 
 README = (ROOT / "recipes/q_lora/README.md").read_text(encoding="utf-8")
-SCRIPT = "recipes/q_lora/run_pretraining.py"
 MODEL = "Qwen2.5-7B-Instruct"
 # what makes the documented trainings small
 SMALL = (
@@ -39,21 +34,6 @@ FOLDERS = {  # flags of a training -> its folder in output/
 }
 
 
-def make_model(folder) -> None:
-    """A random Qwen2 with a byte tokenizer, under the name that the document has."""
-    folder.mkdir(parents=True)
-    torch.manual_seed(1)
-    config = tiny_config(byte_tokenizer().vocab_size + 7, 2048)
-    stored = {
-        name: formats.Stored(tuple(t.shape), lambda _, t=t: t, str(t.dtype))
-        for name, t in Llama(config).state_dict().items()
-    }
-    formats.write_folder(folder, stored, torch.float32)
-    settings = json.dumps(hf_llama.settings_of_config(config))
-    (folder / "config.json").write_text(settings, encoding="utf-8")
-    (folder / "tokenizer.json").write_bytes(byte_tokenizer().to_json())
-
-
 def check_training(out, printed: str, n_steps: int) -> None:
     """The tree of a run is complete, and it has learned."""
     names = {p.relative_to(out).as_posix() for p in out.rglob("*")}
@@ -70,7 +50,7 @@ def check_training(out, printed: str, n_steps: int) -> None:
 
 
 def test_commands_of_the_document_run_one_after_another_and_learn(tmp_path):
-    make_model(tmp_path / "Qwen" / MODEL)
+    write_model(tmp_path / "Qwen" / MODEL, block_size=2048)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
     trained = []

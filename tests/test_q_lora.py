@@ -8,52 +8,26 @@ import torch
 import yaml
 from conftest import one_error_line, run
 from corpus_cases import documents
+from q_cases import FLAGS, SCRIPT, write_model, write_rows
 from safetensors.torch import load_file
 
 from parts.base.files import sha256_of
 from parts.data.batches import val_batches
-from parts.data.tokenizers import byte_tokenizer
 from parts.model.families import shell
 from parts.model.llama import Llama
-from parts.storage import formats, hf_llama
+from parts.storage import formats
 from recipes.q_lora.bases import open_base, tiny_config
 from recipes.q_lora.packed_code import documents_of, open_code
 from recipes.q_lora.train_pretrain import QConfig, make_model
 from wt_load import load_gpt, open_weights
-
-SCRIPT = "recipes/q_lora/run_pretraining.py"
-FLAGS = (
-    "--model_name model --max_seq_length 32 --batch_size 2 --gradient_accumulation_steps 2 "
-    "--max_steps 6 --save_steps 3 --eval_freq 3 --warmup_steps 1 --learning_rate 1e-2 "
-    "--lora_rank 2 --dtype fp32 --device cpu --print_sample_iter 6"
-).split()
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A folder with a tiny Qwen2 as a Hugging Face folder, and data of both kinds."""
     folder = tmp_path_factory.mktemp("q")
-    (folder / "data").mkdir()
-    (folder / "model").mkdir()
-    torch.manual_seed(1)
-    config = tiny_config(300, 64)  # more ids than the tokenizer has, as in Qwen2.5
-    tensors = Llama(config).state_dict()
-    stored = {
-        name: formats.Stored(tuple(t.shape), lambda _, t=t: t, str(t.dtype))
-        for name, t in tensors.items()
-    }
-    formats.write_folder(folder / "model", stored, torch.float32)
-    settings = hf_llama.settings_of_config(config)
-    (folder / "model/config.json").write_text(json.dumps(settings), encoding="utf-8")
-    (folder / "model/tokenizer.json").write_bytes(byte_tokenizer().to_json())
-    texts = documents(90)
-    for kind, rows in {
-        "raw": [{"text": text} for text in texts],
-        "described_filtered": [{"prompt": f"/ {t[:9]}\n", "completion": t[9:]} for t in texts],
-    }.items():
-        for side, chosen in (("train", rows[:80]), ("test", rows[80:])):
-            lines = "".join(json.dumps(row) + "\n" for row in chosen)
-            (folder / f"data/{kind}_{side}.jsonl").write_text(lines, encoding="utf-8")
+    write_model(folder / "model")
+    write_rows(folder / "data", documents(90))
     return folder
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import one_error_line, run
 from corpus_cases import documents
+from q_cases import FLAGS, SCRIPT, write_rows
 
 from parts.data.tokenizers import byte_tokenizer
 from parts.model import lora
@@ -14,12 +15,6 @@ from recipes.q_lora.other_models import OtherBase, check_reading, positions_of
 
 transformers = pytest.importorskip("transformers")
 
-SCRIPT = "recipes/q_lora/run_pretraining.py"
-FLAGS = (
-    "--model_name model --max_seq_length 32 --batch_size 2 --gradient_accumulation_steps 2 "
-    "--max_steps 6 --save_steps 3 --eval_freq 3 --warmup_steps 1 --learning_rate 1e-2 "
-    "--lora_rank 2 --dtype fp32 --device cpu --print_sample_iter 6"
-).split()
 SHAPE = {
     "vocab_size": 300,
     "hidden_size": 32,
@@ -41,16 +36,6 @@ def save_model(folder, config, kind=None):
     build = kind or transformers.AutoModelForCausalLM.from_config
     build(config).save_pretrained(folder)
     (folder / "tokenizer.json").write_bytes(byte_tokenizer().to_json())
-    return folder
-
-
-def with_data(folder):
-    """Rows of text beside the model."""
-    (folder / "data").mkdir(parents=True)
-    texts = documents(90)
-    for side, chosen in (("train", texts[:80]), ("test", texts[80:])):
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in chosen)
-        (folder / f"data/raw_{side}.jsonl").write_text(lines, encoding="utf-8")
     return folder
 
 
@@ -83,7 +68,7 @@ def test_positions_begin_anew_in_each_document():
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 def test_a_gpt_neox_learns_resumes_and_loads_in_peft(tmp_path, method):
-    with_data(tmp_path)
+    write_rows(tmp_path / "data", documents(90))
     save_model(tmp_path / "model", KINDS["gpt_neox"]())
     folder = tmp_path / "output/model"
     flags = (*FLAGS, "--training_method", method)
@@ -133,7 +118,7 @@ def test_a_gpt_neox_learns_resumes_and_loads_in_peft(tmp_path, method):
     ],
 )
 def test_models_that_cannot_be_trained_are_refused(tmp_path, config, flags, said):
-    with_data(tmp_path)
+    write_rows(tmp_path / "data", documents(90))
     kind = {"T5Config": transformers.T5Model}.get(config)
     made = getattr(transformers, config)(vocab_size=300, **flags)
     save_model(tmp_path / "model", made, kind)

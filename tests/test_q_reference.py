@@ -7,13 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from corpus_cases import documents
+from q_cases import write_model, write_rows
 
-from parts.data.tokenizers import byte_tokenizer
-from parts.model.llama import Llama
 from parts.model.lora import adapter_tensors
-from parts.storage import formats, hf_llama
 from pretraining_advanced import run
-from recipes.q_lora.bases import tiny_config
 from recipes.q_lora.train_pretrain import QConfig, code_job
 
 STEPS, T, EOT = 20, 48, 256
@@ -28,28 +25,10 @@ DECAY = 0.1
 def home(tmp_path_factory):
     """A folder with a tiny Qwen2 as a Hugging Face folder, and data of both kinds."""
     folder = tmp_path_factory.mktemp("q")
-    (folder / "data").mkdir()
-    (folder / "model").mkdir()
-    torch.manual_seed(1)
-    config = tiny_config(300, 64)
-    tensors = Llama(config).state_dict()
-    for name, t in tensors.items():
-        if name.endswith(("bias", "norm.weight")):  # as trained: a norm or a bias that is not used
-            t.add_(torch.randn_like(t) * 0.1)
-    stored = {n: formats.Stored(tuple(t.shape), lambda _, t=t: t) for n, t in tensors.items()}
-    formats.write_folder(folder / "model", stored, torch.float32)
-    settings = hf_llama.settings_of_config(config)
-    (folder / "model/config.json").write_text(json.dumps(settings), encoding="utf-8")
-    (folder / "model/tokenizer.json").write_bytes(byte_tokenizer().to_json())
+    write_model(folder / "model", as_trained=True)
     # from shorter than a row to longer than two
     texts = [(text * 3)[: 7 + 13 * n % 120] for n, text in enumerate(documents(120))]
-    for kind, rows in {
-        "raw": [{"text": text} for text in texts],
-        "described_filtered": [{"prompt": f"/ {t[:5]}\n", "completion": t[5:]} for t in texts],
-    }.items():
-        for side, chosen in (("train", rows[:110]), ("test", rows[110:])):
-            lines = "".join(json.dumps(row) + "\n" for row in chosen)
-            (folder / f"data/{kind}_{side}.jsonl").write_text(lines, encoding="utf-8")
+    write_rows(folder / "data", texts)
     return folder
 
 
