@@ -224,6 +224,19 @@ def test_bad_input_is_one_line_and_leaves_no_run(home, tmp_path, flags, said):
     assert not (tmp_path / "output").exists()
 
 
+def test_a_model_without_a_fitting_tokenizer_is_refused(home, tmp_path):
+    shutil.copytree(home / "model", tmp_path / "model")
+    (tmp_path / "model/tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="model has no tokenizer; put its tokenizer.json beside"):
+        open_base(str(tmp_path / "model"), 32)
+    larger = tmp_path / "larger"
+    write_model(larger)
+    texts = [f"{n} {n * n}" for n in range(2000)]
+    (larger / "tokenizer.json").write_bytes(train_bpe(texts, 400).to_json())
+    with pytest.raises(ValueError, match=r"its tokenizer has 400 ids, the model only 300"):
+        open_base(str(larger), 32)
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
