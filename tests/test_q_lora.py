@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from parts.base.files import sha256_of
 from parts.data.batches import val_batches
+from parts.data.tokenizers import train_bpe
 from parts.model.families import shell
 from parts.model.llama import Llama
 from parts.storage import formats
