@@ -258,6 +258,23 @@ def seconds_of(
     return best
 
 
+def parameter_line(config) -> str:
+    """How many parameters a model of this shape has, and in which parts."""
+    by_part = ", ".join(f"{name} {n:,}" for name, n in parameters_by_part(config).items())
+    return f"parameters: {count_parameters(config):,} ({by_part})"
+
+
+def memory_line(
+    parts: dict[str, int], limit: float, where: str, title: str = "memory"
+) -> tuple[str, bool]:
+    """(a line about the bytes by part, with "peak" among them; whether that fits the limit)."""
+    sizes = ", ".join(f"{name} {format_bytes(n)}" for name, n in parts.items() if name != "peak")
+    fits = parts["peak"] <= limit
+    verdict = "fits the" if fits else "does NOT fit the"
+    peak = f"at most {format_bytes(parts['peak'])} at one time"
+    return f"{title}: {peak}, {verdict} {format_bytes(limit)} of {where} ({sizes})", fits
+
+
 def plan_lines(
     config, setting: Setting, memory_gb: float | None = None, galore_rank: int = 128
 ) -> tuple[list[str], bool]:
@@ -270,16 +287,8 @@ def plan_lines(
         limit, where = memory_gb * 1e9, "--plan_memory_gb"
     else:
         limit, where = free_memory(setting.device)
-    parts = memory_of(config, setting, galore_rank)
-    fits = parts["peak"] <= limit
-    by_part = ", ".join(f"{name} {n:,}" for name, n in parameters_by_part(config).items())
-    sizes = [f"{name} {format_bytes(n)}" for name, n in parts.items() if name != "peak"]
-    verdict = "fits the" if fits else "does NOT fit the"
-    lines = [
-        f"parameters: {count_parameters(config):,} ({by_part})",
-        f"memory: at most {format_bytes(parts['peak'])} at one time, "
-        f"{verdict} {format_bytes(limit)} of {where} ({', '.join(sizes)})",
-    ]
+    line, fits = memory_line(memory_of(config, setting, galore_rank), limit, where)
+    lines = [parameter_line(config), line]
     if not fits:
         ways = ways_to_fit(setting, limit, lambda s: memory_of(config, s, galore_rank)["peak"])
         line = "no flag makes it fit: take a smaller model, or --parallel fsdp on several devices"

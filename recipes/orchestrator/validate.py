@@ -24,9 +24,9 @@ from parts.model.families import FAMILIES, shell
 from parts.training.optim import check_kind
 from parts.training.plan import (
     Setting,
-    count_parameters,
+    memory_line,
     memory_of,
-    parameters_by_part,
+    parameter_line,
     ways_to_fit,
 )
 from parts.training.resume import checkpoint_bytes
@@ -123,15 +123,8 @@ def memory_lines(
     setting = replace(setting, attends_in_products=products)
     rank = config.galore_rank
     parts = memory_of(shape, setting, rank)
-    by_part = ", ".join(f"{name} {n:,}" for name, n in parameters_by_part(shape).items())
-    sizes = ", ".join(f"{name} {format_bytes(n)}" for name, n in parts.items() if name != "peak")
-    fits = parts["peak"] <= limit
-    verdict = "fits the" if fits else "does NOT fit the"
-    lines = [
-        f"parameters: {count_parameters(shape):,} ({by_part})",
-        f"memory per rank, computed: at most {format_bytes(parts['peak'])} at one time, {verdict} "
-        f"{format_bytes(limit)} of {where} ({sizes})",
-    ]
+    line, fits = memory_line(parts, limit, where, "memory per rank, computed")
+    lines = [parameter_line(shape), line]
     if not fits:
         ways = ways_to_fit(setting, limit, lambda s: memory_of(shape, s, rank)["peak"])
         advice = "; or ".join(in_words_of_the_file(way) for way in ways)

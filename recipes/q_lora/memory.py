@@ -23,7 +23,14 @@ from parts.model.cpu_products import attends_in_blocks
 from parts.model.llama import LlamaConfig
 from parts.model.losses import head_bytes
 from parts.model.nf4 import BLOCK, GROUP
-from parts.training.plan import HOLES, Setting, count_parameters, matrices_of_block, memory_of
+from parts.training.plan import (
+    HOLES,
+    Setting,
+    count_parameters,
+    matrices_of_block,
+    memory_line,
+    memory_of,
+)
 
 METHODS = ("full", "lora", "qlora")
 GPUS_GB = (8, 24, 80)  # whose tips are computed
@@ -181,17 +188,9 @@ def plan_lines(
         limit, where = memory_gb * 1e9, "--plan_memory_gb"
     else:
         limit, where = free_memory(s.device)
-    parts = memory(shape, s, method, rank, dropout)
-    fits = parts["peak"] <= limit
+    line, fits = memory_line(memory(shape, s, method, rank, dropout), limit, where)
     n_trained, n = trained_numbers(shape, method, rank), count_parameters(shape)
-    sizes = ", ".join(f"{name} {format_bytes(b)}" for name, b in parts.items() if name != "peak")
-    verdict = "fits the" if fits else "does NOT fit the"
-    lines = [
-        f"{method}: trains {n_trained:,} numbers of a model of {n:,} parameters",
-        f"memory: at most {format_bytes(parts['peak'])} at one time, {verdict} "
-        f"{format_bytes(limit)} of {where} ({sizes})",
-    ]
-    return lines, fits
+    return [f"{method}: trains {n_trained:,} numbers of a model of {n:,} parameters", line], fits
 
 
 def tips(shape: LlamaConfig, s: Setting, rank: int, dropout: float) -> list[str]:
