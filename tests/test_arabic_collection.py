@@ -156,9 +156,14 @@ def test_two_versions_of_a_file_are_never_put_together(tmp_path, change):
 
 def test_a_part_of_another_address_or_without_facts_is_not_continued(tmp_path):
     (tmp_path / "a.bin.part").write_bytes(b"something else")
-    with serving(FileServer()) as url:
-        get(f"{url}/a.bin", tmp_path / "a.bin")
-    assert (tmp_path / "a.bin").read_bytes() == BODY
+    server = FileServer(cut=70_000)
+    with serving(server) as url:
+        with pytest.raises(LinkError):
+            get(f"{url}/a.bin", tmp_path / "a.bin", retries=0)
+        assert (tmp_path / "a.bin.part").read_bytes() == BODY[:70_000]
+        server.cut, server.body = None, bytes(reversed(BODY))
+        get(f"{url}/b.bin", tmp_path / "a.bin")
+    assert (tmp_path / "a.bin").read_bytes() == bytes(reversed(BODY))
 
 
 def test_a_resumed_file_with_a_wrong_hash_is_fetched_once_more_from_the_beginning(tmp_path):
@@ -304,7 +309,7 @@ def test_links_that_fail_are_told_and_the_rest_is_fetched(tmp_path):
     assert (tmp_path / "raw/text/good.txt").read_bytes() == BODY
     assert rows["dump"]["notes"] == ["it is XML, not text; move it to xml_links"]
     files = {p.name for p in (tmp_path / "raw").rglob("*") if p.is_file()}
-    assert files == {"good.txt", "dump.txt", "collection_report.json"}
+    assert files == {"good.txt", "dump.txt", "collection_report.json", ".lock"}
 
 
 def without(tmp_path, *packages) -> dict:
@@ -326,7 +331,7 @@ def packages_in(folder) -> dict:
     "number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=["KILL", "INT", "TERM"]
 )
 def test_a_run_that_is_stopped_in_the_middle_of_a_file_resumes_there(tmp_path, number):
-    server = FileServer(slow_s=0.1)
+    server = FileServer(slow_s=0.3)
     sha256 = hashlib.sha256(BODY).hexdigest()
     with serving(server) as url:
         links = {"text_links": [f"{url}/a.txt", {"url": f"{url}/b.txt", "sha256": sha256}]}
@@ -339,6 +344,8 @@ def test_a_run_that_is_stopped_in_the_middle_of_a_file_resumes_there(tmp_path, n
         while not (part.exists() and part.stat().st_size > 50_000):
             assert time.monotonic() < deadline
             time.sleep(0.02)
+        line = one_error_line(collect(tmp_path, links), 2)
+        assert "raw is in use by another data_collection.py" in line
         process.send_signal(number)
         errors = process.communicate(timeout=60)[1].decode()
         assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 75}.get(number, -9)
@@ -362,6 +369,21 @@ def test_a_file_that_is_not_the_one_of_the_links_file_is_fetched_and_unpacked_ag
         link = {"url": source.as_uri(), "size": source.stat().st_size}
         assert collect(tmp_path, {"text_links": [link]}, "--extract").returncode == 0
         assert (tmp_path / "raw/text/a.txt").read_bytes() == text
+
+
+def test_pieces_of_a_dump_become_xml_files_and_archives_folders(tmp_path):
+    piece = "arwiki-20250520-pages-articles-multistream1.xml-p1p340838"
+    names = {
+        f"{piece}.bz2": f"{piece}.xml",
+        "a.xml.bz2": "a.xml",
+        "Youm7_XML_utf_8.rar": "Youm7_XML_utf_8",
+        "b.TAR.bz2": "b",
+        "c.xml": None,
+    }
+    links = {"xml_links": [f"http://a/{name}" for name in names]}
+    (tmp_path / "links.json").write_text(json.dumps(links), encoding="utf-8")
+    targets = [link.target for link in read_links(tmp_path / "links.json", tmp_path)]
+    assert [target and target.name for target in targets] == list(names.values())
 
 
 BAD_LINKS = {

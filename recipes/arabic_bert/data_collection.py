@@ -35,6 +35,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports leaves no traceback
 
     quiet_ctrl_c()
 
+import contextlib
 import fnmatch
 import json
 import re
@@ -396,6 +397,23 @@ def check_config(config: CollectConfig) -> None:
             raise ValueError(f"--{flag}: {getattr(config, flag)} must not be below 0")
 
 
+@contextlib.contextmanager
+def _alone_in(output: Path):
+    """Raise ValueError if another process collects into this folder."""
+    from filelock import FileLock, Timeout  # here: --help needs none
+
+    lock = FileLock(output / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as e:
+        what = f"{output} is in use by another data_collection.py"
+        raise ValueError(f"--output_dir: {what}; wait for it to end") from e
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def main() -> int:
     """Fetch the links; returns the exit code, 1 if a link failed."""
     config = parse_script(CollectConfig)
@@ -403,7 +421,8 @@ def main() -> int:
     links = read_links(config.links_json, config.output_dir)
     check_writable(config.output_dir, "--output_dir")
     make_folder(config.output_dir)
-    rows = collect_all(links, config)["links"]
+    with _alone_in(Path(config.output_dir)):
+        rows = collect_all(links, config)["links"]
     report = Path(config.output_dir) / REPORT
     failed = [row["name"] for row in rows if row["status"] == "failed"]
     if failed:

@@ -162,7 +162,9 @@ def _read(stream) -> bytes:
 def _opened_part(part: Path, n_bytes: int):
     """`part` open for appending after its first n_bytes bytes."""
     try:
-        return open(part, "ab" if n_bytes else "wb")
+        out = open(part, "ab")  # noqa: SIM115  the caller closes it
+        out.truncate(n_bytes)
+        return out
     except OSError as e:
         raise LinkError(f"{part}: {e.strerror}") from e
 
