@@ -605,12 +605,17 @@ def test_a_dataset_becomes_lines_of_text_and_a_missing_column_is_named(tmp_path)
             "all": {"dataset": str(data), "text_column": "content"},
             "files": {"dataset": str(data), "data_files": "t*.jsonl", "text_column": "content"},
             "column": str(data),
+            "zst": {"dataset": str(data), "data_files": "*.jsonl.zst"},
+            "none": {"dataset": str(data), "data_files": "*.parquet"},
         }
     }
     result = collect(tmp_path, links, env={"HF_HOME": str(tmp_path / "hf")})
-    assert "1 of 3 links failed: column" in one_error_line(result, 1)
+    assert "3 of 5 links failed: column, zst, none" in one_error_line(result, 1)
     found = rows_of(tmp_path)
     assert "its rows have no column text, only content, n" in found["column"]["why"]
+    assert f"{data} cannot be read (" in found["none"]["why"]
+    if not importlib.util.find_spec("zstandard"):
+        assert "pip install zstandard" in found["zst"]["why"]
     for name in ("all", "files"):
         text = (tmp_path / f"raw/huggingface/{name}.jsonl").read_text(encoding="utf-8")
         texts = [json.loads(line)["text"] for line in text.splitlines()]

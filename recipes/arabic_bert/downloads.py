@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import html
 import http.client
+import importlib.util
 import json
 import os
 import re
@@ -424,6 +425,8 @@ def _open_dataset(link: dict):
         what = f"a dataset of the hub needs the package datasets ({one_line(e, 100)})"
         raise LinkError(f"{what}; pip install datasets") from e
     name, pattern, revision = link["dataset"], link.get("data_files"), None
+    if pattern and pattern.endswith(".zst") and not importlib.util.find_spec("zstandard"):
+        raise LinkError(f"{pattern} needs the package zstandard; pip install zstandard")
     options = {"split": link.get("split") or "train", "streaming": True}
     try:
         where = name
@@ -450,7 +453,8 @@ def _rows(stream):
 
 
 def _of_hub(name: str, e: Exception) -> str:
-    text = f"the hub did not provide {name} ({one_line(e, 300) or type(e).__name__})"
+    who = f"{name} cannot be read" if Path(name).is_dir() else f"the hub did not provide {name}"
+    text = f"{who} ({one_line(e, 300) or type(e).__name__})"
     if "gated" in str(e).lower():
         text += "; ask for access on its page and log in: hf auth login"
     return text
