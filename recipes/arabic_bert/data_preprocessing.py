@@ -27,6 +27,10 @@ it is complete.
 --split goes by the hash of a document without diacritics and segments, so that a document stays on
 its side whatever is added or segmented anew. --segmenter farasa runs a jar that you have (its
 licence allows research only) and needs Java.
+
+The shared test data, 4,283 documents (11 MB), take 13 s for all steps on two cores that others use
+as well (2026-11-26). 60 MB of XML take 56 MB of memory and 42 MB in each further process; for near
+duplicates, 5 KB are added for each document of two windows (--near_duplicate_window).
 """
 
 from __future__ import annotations
@@ -98,7 +102,7 @@ class PreprocessConfig:
     unify_teh_marbuta: bool = False  # teh marbuta becomes heh
     unify_farsi: bool = False  # Farsi yeh and keheh become yeh and kaf
     near_duplicates: float = 0.8  # share of runs of 5 words in common to be one; 0: keep them
-    near_duplicate_window: int = 50_000  # documents, at least, in which they are looked for
+    near_duplicate_window: int = 50_000  # how far back they are looked for, at least
     segmenter: Literal["rules", "farasa", "pyfarasa", "none"] = "rules"  # what cuts words
     word_list: str | None = None  # word_list.tsv of another corpus instead of counting words
     max_counted_words: int = 2_000_000  # different words of the word list; bounds the memory
@@ -343,6 +347,7 @@ def segment(config: PreprocessConfig, is_own_text: bool) -> dict:
         segmenter = RulesSegmenter(words)
     elif config.segmenter == "farasa":
         segmenter = Farasa(config.farasa_jar, config.java, config.farasa_timeout_s)
+        print_notes([f"{config.farasa_jar}: Farasa's licence allows research only"])
     n_words = Counter()
 
     def read(path, facts):

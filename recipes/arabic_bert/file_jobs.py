@@ -28,7 +28,7 @@ from parts.base.files import add_file_name, make_folder, read_json, rename_durab
 from parts.cli.progress_bar import tqdm
 
 SAVE_SECONDS = 2.0
-BATCH_CHARS = 1 << 20  # a batch has fewer documents if they are long
+BATCH_CHARS = 1 << 18  # a batch has fewer documents if they are long
 _transform = None  # of this worker process
 
 

@@ -167,7 +167,7 @@ _MARGIN = {_L: 1.0, _B: 1.0, _K: 4.0}
 
 
 class RulesSegmenter:
-    """Segments by affix rules and a word list; about 0.5 million words/s of text that repeats."""
+    """Segments by affix rules and a word list; 250,000 words/s and more on one core (news)."""
 
     def __init__(self, words: WordList):
         self._stems = words.stems()

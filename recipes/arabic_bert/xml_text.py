@@ -25,7 +25,7 @@ from pathlib import Path
 from parts.base.text import one_line
 from recipes.arabic_bert.arabic_text import to_arabic
 
-CHUNK = 1 << 20  # bytes read at once
+CHUNK = 1 << 18  # bytes read at once
 HEAD = 1 << 18  # bytes by which the encoding is recognised
 MAX_TEXT_CHARS = 1 << 22  # a longer text is skipped and counted: a missing end tag, in practice
 MAX_TAG_CHARS = 1 << 12
