@@ -246,6 +246,15 @@ def is_running(pid):
         return f.read().rpartition(")")[2].split()[0] != "Z"
 
 
+def test_a_word_list_of_another_corpus_decides_and_its_changes_count(tmp_path):
+    raw = write(tmp_path / "raw", a_txt=" ".join([A("lmdrs")] * 6))
+    words = ("--word_list", "words.tsv")
+    for counts, expected in ((f"{A('mdrs')}\t5\n", "l+mdrs"), (f"{A('lmdrs')}\t5\n", "lmdrs")):
+        (tmp_path / "words.tsv").write_text(counts, encoding="utf-8")
+        done(preprocess(tmp_path, "--input-dir", raw, "--process-text", "--segment", *words))
+        assert lines(tmp_path / "out/segmented")["from_text/a.txt"] == [" ".join([A(expected)] * 6)]
+
+
 # ---------------------------------------------------------------------------------- split
 
 

@@ -48,7 +48,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from parts.base.files import check_writable, make_folder, read_json, rename_durably, write_file
+from parts.base.files import (
+    check_writable,
+    make_folder,
+    read_json,
+    rename_durably,
+    sha256_of,
+    write_file,
+)
 from parts.base.text import one_line
 from parts.cli.launch import print_notes, run_script
 from parts.cli.progress_bar import tqdm
@@ -331,7 +338,8 @@ def segment(config: PreprocessConfig, is_own_text: bool) -> dict:
     names = ("segmenter", "word_list", "max_counted_words", "farasa_jar")
     names += tuple(name for name in asdict(config) if name.startswith("unify_"))
     settings = {name: getattr(config, name) for name in names}
-    job = FileJob(output, SEGMENTED, settings, sources)
+    contents = sha256_of(config.word_list) if config.word_list is not None else None
+    job = FileJob(output, SEGMENTED, {**settings, "word_list_sha256": contents}, sources)
     report = Report(output)
     if report.is_done("segment", job.fingerprint, job.target):
         print("segment: done already, nothing has changed")
