@@ -49,6 +49,14 @@ FULL = {
         "test_a_run_that_is_stopped_in_the_middle_of_a_file_resumes_there",
         "test_a_hub_that_cannot_be_reached_is_one_line",
     ),
+    "test_arabic_preprocessing.py": (
+        "test_the_documented_commands_on_the_shared_data",
+        "test_the_number_of_processes_does_not_change_the_result",
+        "test_a_run_that_is_killed_ends_with_the_same_bytes",
+        "test_near_duplicates_are_those_of_all_pairs_of_the_window",
+    ),
+    "test_arabic_segmentation.py": ("test_the_round_trip_is_exact_on_all_real_text",),
+    "test_arabic_xml.py": ("test_200_mb_of_xml_take_at_most_60_mb_of_memory",),
     "test_archives.py": ("test_hostile_archives",),
     "test_benchmarks.py": (),
     "test_checkpoint_tools.py": (
@@ -189,6 +197,7 @@ FULL = {
 }
 KEPT = (
     "test_a_run_that_is_stopped_in_the_middle_of_a_file_resumes_there[KILL]",
+    "test_the_number_of_processes_does_not_change_the_result[flags1]",
     "test_a_gpt_neox_learns_resumes_and_loads_in_peft[lora]",
     "test_twenty_losses_equal_those_of_transformers_and_peft[lora-raw]",
     "test_a_rank_with_another_file_is_one_line_and_nobody_waits",
