@@ -1,12 +1,12 @@
 """
 Extend a byte-level BPE tokenizer by Arabic tokens, without moving an id.
 
-    spec = with_affix_split(json.loads(data))   # of a tokenizer.json, after check_family(spec)
+    spec = with_arabic_split(json.loads(data))   # of a tokenizer.json, after check_family(spec)
     spec, tokens = continued(spec, counts, 80_000, min_freq=20)
 
-Two methods. `continued` applies the old merges, continues BPE training on the result, and appends
-the new merges. `whole_words` adds the most frequent pieces as they are. In both, affixes that are
-marked with a plus sign (see AFFIXES) are pieces of their own, and get a token first.
+Marked affixes (see AFFIXES) are pieces of their own and get a token first; a word is one piece
+together with its vowel marks. Of the two methods, `continued` applies the old merges, continues BPE
+training on the result, and appends the new merges; `whole_words` adds the most frequent pieces.
 
 Text without characters of U+0600-06FF keeps its ids: a new token has a byte 0xD8-0xDB, with which
 the UTF-8 of only these characters begins.
@@ -40,14 +40,15 @@ AFFIXES = (
     *(f"+{suffix}" for suffix in SUFFIXES),
 )
 ARABIC = "\u0600-\u06ff"
-MARKS = "\u064b-\u0652\u0670"  # vowel marks, which stay in some texts
+LETTERS = "\u0620-\u064a\u0671-\u06d3"
+MARKS = "\u064b-\u0652\u0670"  # vowel marks, which some texts keep
 # What GPT-2 splits a text into, here for two engines: Oniguruma of the library, and `regex`.
-GPT2_PATTERN = (
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # fmt: skip
-)
-AFFIX_PATTERN = (
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Marked affixes, and words with their vowel marks, at which GPT-2 cuts a word.
+ARABIC_PATTERN = (
     f" ?(?:[{WAW}{FA}{BA}{KAF}{LAM}{SIN}][{MARKS}]*|{ALEF}[{MARKS}]*{LAM}[{MARKS}]*)\\+"
-    f"|\\+[{ARABIC}]+"
+    f"|\\+[{LETTERS}{MARKS}]+"
+    f"| ?[{LETTERS}][{LETTERS}{MARKS}]*"
 )
 ARABIC_PIECE = regex.compile(rf" ?\+?[{ARABIC}]+\+?")
 LEAD_BYTES = {BYTE_TO_CHAR[b] for b in range(0xD8, 0xDC)}  # of the UTF-8 of U+0600-06FF
@@ -112,11 +113,15 @@ def _pattern_of(spec: dict) -> str:
     raise ValueError("it splits a text in another way than ModernBERT's")
 
 
-def with_affix_split(spec: dict) -> dict:
-    """The tokenizer with marked affixes as pieces of their own; other text is split as before."""
+def with_arabic_split(spec: dict) -> dict:
+    """
+    The tokenizer with marked affixes, and words with their vowel marks, as pieces of their own.
+
+    Text that is not Arabic is split as before.
+    """
     pattern = _pattern_of(spec)
-    if not pattern.startswith(AFFIX_PATTERN):  # it has been extended before
-        pattern = f"{AFFIX_PATTERN}|{pattern}"
+    if not pattern.startswith(ARABIC_PATTERN):  # it has been extended before
+        pattern = f"{ARABIC_PATTERN}|{pattern}"
     split = {"type": "Split", "pattern": {"Regex": pattern}}
     split |= {"behavior": "Isolated", "invert": False}
     to_bytes = {"type": "ByteLevel", "add_prefix_space": False}
@@ -144,7 +149,7 @@ class PieceCounter:
     """
     How often each piece with Arabic letters occurs, in bounded memory.
 
-    spec: a tokenizer with its affix split. If more than max_pieces different ones are found, the
+    spec: as from `with_arabic_split`. If more than max_pieces different ones are found, the
     rarest are dropped until half are left: `n_dropped` counts them, `floor` is the largest count
     that was dropped. The result depends on the texts and their order alone.
     """

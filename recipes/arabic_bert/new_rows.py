@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -196,6 +197,16 @@ def _mixed(old, weights: list[dict[int, float]]) -> torch.Tensor:
     return torch.nn.functional.embedding_bag(
         ids, old.float(), begins, mode="sum", per_sample_weights=shares
     )
+
+
+def write_model(folder: Path, model) -> None:
+    """A folder that AutoModelForMaskedLM loads, with the permissions of its config.json."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    for path in folder.iterdir():  # safetensors lets nobody else read the weights
+        shutil.copymode(folder / "config.json", path)
 
 
 def library_tokenizer(spec: dict) -> tokenizers.Tokenizer:

@@ -74,7 +74,7 @@ from recipes.arabic_bert.bpe_continued import (
     scale_of,
     to_text,
     whole_words,
-    with_affix_split,
+    with_arabic_split,
 )
 
 METHODS = {"continued": continued, "words": whole_words}
@@ -110,17 +110,13 @@ class ExtendConfig:
     log_file: str | None = None  # the printed lines are appended to this file too
     debug: bool = False  # show the traceback of an error
 
-    def __post_init__(self):
-        if isinstance(self.init, str):  # of a YAML file
-            self.init = tuple(self.init.split(maxsplit=1))
-
 
 def default_config() -> str:
     """All settings with their defaults, as a YAML file for --config."""
     import yaml
 
     settings = asdict(ExtendConfig())
-    settings["init"] = " ".join(settings["init"])
+    settings["init"] = list(settings["init"])
     for name in ("config", "print_default_config"):
         del settings[name]
     return yaml.safe_dump(settings, sort_keys=False)
@@ -331,7 +327,7 @@ def extend(config: ExtendConfig) -> dict:
     pairs = new_rows.read_pairs(config.init[1]) if config.init[0] == "translate" else []
 
     # The text, and the new tokens.
-    split_spec = with_affix_split(old_spec)
+    split_spec = with_arabic_split(old_spec)
     counter, measured, facts = count_text(config, split_spec)
     new_spec, tokens = METHODS[config.method](
         split_spec, counter.counts, config.max_vocab_size, config.min_freq
@@ -372,7 +368,7 @@ def extend(config: ExtendConfig) -> dict:
 
 
 def check_ids(old, new, tokens: list[str], n_old: int) -> None:
-    """Raises RuntimeError if the library gives an old token another id, or a new one a wrong one."""
+    """Raises RuntimeError if the library gives a token another id than planned."""
     found = new.get_vocab()
     expected = old.get_vocab() | {token: n_old + i for i, token in enumerate(tokens)}
     if found != expected:
@@ -453,7 +449,7 @@ def write(config: ExtendConfig, source: Path, spec: dict, model, report: dict) -
         try:
             make_folder(work)
             write_tokenizer(work / TOKENIZER, source, spec)
-            model.save_pretrained(work / MODEL)
+            new_rows.write_model(work / MODEL, model)
             report["peak_memory_gib"] = memory_gib(torch.device("cpu"))
             data = json.dumps(report, ensure_ascii=False, indent=2) + "\n"
             write_file(work / REPORT, data.encode())
