@@ -54,6 +54,7 @@ ARABIC_PIECE = regex.compile(rf" ?\+?[{ARABIC}]+\+?")
 LEAD_BYTES = {BYTE_TO_CHAR[b] for b in range(0xD8, 0xDC)}  # of the UTF-8 of U+0600-06FF
 
 MAX_PIECE_CHARS = 60  # no Arabic word is as long; a merge takes quadratic time in the length
+MAX_NOT_TAKEN = 100_000  # different pieces that are looked at together, which is faster
 MAX_FED = 100_000_000  # pieces that the trainer is fed one by one; more are scaled down
 PRIVATE = 0xF0000  # code points of planes 15 and 16 are for private use: one for each old id
 
@@ -150,8 +151,9 @@ class PieceCounter:
     How often each piece with Arabic letters occurs, in bounded memory.
 
     spec: as from `with_arabic_split`. If more than max_pieces different ones are found, the
-    rarest are dropped until half are left: `n_dropped` counts them, `floor` is the largest count
-    that was dropped. The result depends on the texts and their order alone.
+    rarest are dropped, and at most half are left. `n_dropped` counts that; at most `n_not_counted`
+    occurrences of a piece are missing. The result depends on the texts and their order alone, and
+    is complete after finish().
     """
 
     def __init__(self, spec: dict, max_pieces: int):
@@ -159,30 +161,44 @@ class PieceCounter:
         self._max_pieces = max_pieces
         self._normalizer = tokenizers.Tokenizer.from_str(json.dumps(spec)).normalizer
         self.counts = Counter()
+        self._not_taken = Counter()  # pieces of the last texts, also those that are not Arabic
         self.n_too_long = 0  # pieces over MAX_PIECE_CHARS
         self.n_dropped = 0
-        self.floor = 0
+        self.n_not_counted = 0
 
     def add(self, text: str) -> None:
         """Count the pieces of a text."""
-        for piece in self.pieces(text):
+        self._not_taken.update(self._split(text))
+        if len(self._not_taken) > min(self._max_pieces, MAX_NOT_TAKEN):
+            self.finish()
+
+    def finish(self) -> None:
+        """Complete the counts, after the last text."""
+        for piece, n in self._not_taken.items():
+            if not ARABIC_PIECE.fullmatch(piece):
+                continue
             if len(piece) > MAX_PIECE_CHARS:
-                self.n_too_long += 1
+                self.n_too_long += n
             else:
-                self.counts[piece] += 1
+                self.counts[piece] += n
+        self._not_taken.clear()
         if len(self.counts) > self._max_pieces:
             self._drop_rarest()
 
-    def pieces(self, text: str) -> list[str]:
-        """The pieces of a text that are Arabic as a whole, in order."""
+    def _split(self, text: str) -> list[str]:
         if self._normalizer:
             text = self._normalizer.normalize_str(text)
-        return [p for p in self._pattern.findall(text) if ARABIC_PIECE.fullmatch(p)]
+        return self._pattern.findall(text)
+
+    def pieces(self, text: str) -> list[str]:
+        """The pieces of a text that are Arabic as a whole, in order."""
+        return [piece for piece in self._split(text) if ARABIC_PIECE.fullmatch(piece)]
 
     def _drop_rarest(self) -> None:
         of_rank = sorted(self.counts.values(), reverse=True)
-        self.floor = max(self.floor, of_rank[self._max_pieces // 2])
-        kept = {piece: n for piece, n in self.counts.items() if n > self.floor}
+        rare = of_rank[self._max_pieces // 2]
+        kept = {piece: n for piece, n in self.counts.items() if n > rare}
+        self.n_not_counted += rare
         self.n_dropped += len(self.counts) - len(kept)
         self.counts = Counter(kept)
 

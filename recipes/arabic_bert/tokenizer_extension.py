@@ -43,7 +43,6 @@ from typing import Literal
 import torch
 
 from parts.base.files import (
-    append_lines,
     check_writable,
     fsync,
     make_folder,
@@ -54,7 +53,6 @@ from parts.base.files import (
 )
 from parts.base.text import one_line
 from parts.base.units import format_bytes
-from parts.cli.config import parse
 from parts.cli.launch import print_notes, run_script
 from parts.cli.progress_bar import tqdm
 from parts.data import sources
@@ -76,6 +74,7 @@ from recipes.arabic_bert.bpe_continued import (
     whole_words,
     with_arabic_split,
 )
+from recipes.arabic_bert.common import parse_script
 
 METHODS = {"continued": continued, "words": whole_words}
 INITS = ("mean", "random", "translate")
@@ -109,17 +108,6 @@ class ExtendConfig:
     print_default_config: bool = False  # print such a file and exit
     log_file: str | None = None  # the printed lines are appended to this file too
     debug: bool = False  # show the traceback of an error
-
-
-def default_config() -> str:
-    """All settings with their defaults, as a YAML file for --config."""
-    import yaml
-
-    settings = asdict(ExtendConfig())
-    settings["init"] = list(settings["init"])
-    for name in ("config", "print_default_config"):
-        del settings[name]
-    return yaml.safe_dump(settings, sort_keys=False)
 
 
 # ------------------------------------------------------------------------------------ input
@@ -197,6 +185,11 @@ def check_model(folder: Path, config: ExtendConfig, n_old: int) -> bool:
     return True
 
 
+def is_measured(line: str) -> bool:
+    """Whether a line is for measuring: by its hash, so that equal lines are on the same side."""
+    return zlib.crc32(line.encode()) % ONE_MEASURED_IN == 0
+
+
 def count_text(config: ExtendConfig, spec: dict) -> tuple[PieceCounter, list[str], dict]:
     """
     (pieces of the text, the lines that are measured, what was read) of --input_dir.
@@ -215,7 +208,7 @@ def count_text(config: ExtendConfig, spec: dict) -> tuple[PieceCounter, list[str
                 n_lines += 1
                 if len(first) < ONE_MEASURED_IN:
                     first.append(line)
-                if n_measured < MEASURED_CHARS and zlib.crc32(line.encode()) % ONE_MEASURED_IN == 0:
+                if n_measured < MEASURED_CHARS and is_measured(line):
                     measured.append(line)
                     n_measured += len(line)
                 else:
@@ -227,6 +220,7 @@ def count_text(config: ExtendConfig, spec: dict) -> tuple[PieceCounter, list[str
         for line in measured:
             counter.add(line)
         measured = first
+    counter.finish()
     if not counter.counts:
         fix = "give the folder that data_preprocessing.py has written"
         raise ValueError(f"--input_dir: {config.input_dir} has no Arabic text; {fix}")
@@ -246,6 +240,7 @@ def measure(tokenizer, counter: PieceCounter, lines: list[str]) -> dict:
     """
     n_words = sum(len(line.split()) for line in lines)
     n_bytes = sum(len(line.encode()) for line in lines)
+    tokenizer.encode(lines[0], add_special_tokens=False)  # the first one takes much longer
     begin = time.perf_counter()
     encodings = [tokenizer.encode(line, add_special_tokens=False) for line in lines]
     elapsed_s = time.perf_counter() - begin
@@ -390,7 +385,7 @@ def facts_of_counting(counter: PieceCounter) -> dict:
         "different_words": len(counter.counts),
         "words_too_long": counter.n_too_long,
         "rare_words_dropped": counter.n_dropped,
-        "dropped_up_to_count": counter.floor,
+        "occurrences_missing_at_most": counter.n_not_counted,
         "counts_divided_by": scale_of(counter.counts),
     }
 
@@ -426,7 +421,9 @@ def lines_of(report: dict) -> list[str]:
     lines.append(f"memory of this process: {report['peak_memory_gib']:.2f} GiB at most")
     if text["rare_words_dropped"]:
         what = f"{text['rare_words_dropped']:,} times a rare word was dropped from the count"
-        lines.append(f"note: {what} (at most {text['dropped_up_to_count']:,} occurrences of each)")
+        lines.append(
+            f"note: {what} (at most {text['occurrences_missing_at_most']:,} occurrences of each)"
+        )
     if text["words_too_long"]:
         what = f"{text['words_too_long']:,} words over {MAX_PIECE_CHARS} characters"
         lines.append(f"note: {what} are not counted")
@@ -461,19 +458,12 @@ def write(config: ExtendConfig, source: Path, spec: dict, model, report: dict) -
             shutil.rmtree(work, ignore_errors=True)
     lines = [*lines_of(report), f"{output}: wrote {TOKENIZER}/, {MODEL}/ and {REPORT}"]
     print("\n".join(lines), flush=True)
-    if config.log_file:
-        append_lines(config.log_file, lines)
 
 
-def main(config: ExtendConfig) -> None:
-    """Print the default configuration, or extend."""
-    if config.print_default_config:
-        print(default_config(), end="")
-        return
-    if config.log_file:
-        check_writable(Path(config.log_file).parent, "--log_file")
-    extend(config)
+def main() -> None:
+    """Extend as the command line says."""
+    extend(parse_script(ExtendConfig))
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse(ExtendConfig)))
+    run_script(main)
