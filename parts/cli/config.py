@@ -267,6 +267,9 @@ def converted(value, kind):
         if value not in choices:
             raise ValueError
         return value
+    if typing.get_origin(kind) is tuple:  # tuple[T, ...]: a list, or one value
+        values = value if isinstance(value, list) else [value]
+        return tuple(converted(each, choices[0]) for each in values)
     if choices:  # T | None
         if value is None and type(None) in choices:
             return None
