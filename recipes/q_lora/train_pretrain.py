@@ -36,7 +36,7 @@ from parts.model.nf4 import linears
 from parts.training.plan import Setting
 from pretraining_advanced import Job, RunConfig
 from recipes.q_lora import memory
-from recipes.q_lora.bases import Base, open_base
+from recipes.q_lora.bases import TINY, Base, open_base
 from recipes.q_lora.merging import ADAPTERS, CHECKPOINT_NAME, MergeConfig, merge, write_merged
 from recipes.q_lora.packed_code import open_code
 from recipes.q_lora.prepare_data import DATA_DIR
@@ -100,6 +100,8 @@ def resolve(config: QConfig) -> None:
     lora.check_lora(config.lora_rank, config.lora_alpha, config.lora_dropout)
     if config.merge and config.training_method == "full":
         raise ValueError("--merge: a full training has no adapters to merge; leave it out")
+    if config.merge and config.model_name == TINY:
+        raise ValueError("--merge: the base of tiny is random, a merge would mean nothing")
     if config.training_method == "qlora" and config.parallel == "fsdp":
         what = "weights in 4 bits are not sharded, each rank holds them whole"
         raise ValueError(f"--training_method qlora: {what}; use --parallel ddp, or lora")
