@@ -311,7 +311,7 @@ def test_every_example_runs_and_resumes_under_torchrun(part, tmp_path):
     for block in blocks(DOCS["docs/how-to-extend.md"], "python"):
         write(tmp_path / block.split()[1], block)
     *before, line = [line for line, _ in TO_RUN[part]]
-    line = shortened(line).replace("python ", "torchrun --nproc_per_node 2 ")
+    line = shortened(line).replace("python ", "torchrun --standalone --nproc_per_node 2 ")
     for name in ("pretraining_advanced.py", "prep_dataset.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     for command in before:

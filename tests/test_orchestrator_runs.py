@@ -344,7 +344,8 @@ def test_the_readmes_commands_run(line, tmp_path):
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     if "--validate" not in line:
         line += " training.max_steps=6 training.eval_steps=6"
-    result = shell(line, tmp_path)
+    # a port of its own: tests beside this one run torchrun, too
+    result = shell(line.replace("torchrun ", "torchrun --standalone "), tmp_path)
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr[-3000:]
 
 
