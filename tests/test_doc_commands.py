@@ -317,6 +317,7 @@ def test_every_example_runs_and_resumes_under_torchrun(part, tmp_path):
     for command in before:
         assert shell(command, tmp_path).returncode == 0, command
     results = [shell(line, tmp_path)]
+    assert results[0].returncode == 0, results[0].stderr[-3000:]
     run_dir = tmp_path / "runs" / re.search(r"--run_name (\w+)", line)[1]
     uninterrupted = losses(run_dir)
     back_to_step_2(run_dir)

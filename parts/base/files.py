@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 from parts.base.text import one_line
@@ -65,12 +66,16 @@ def no_empty_folders(path):
 
 def check_writable(folder, flag: str) -> None:
     """Raises ValueError, naming the flag, if no file can be made in a folder; it may be missing."""
-    folder = Path(folder)
+    folder, attempts = Path(folder), 50
     try:
-        with no_empty_folders(folder):
-            make_folder(folder)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
+        while attempts := attempts - 1:
+            # another rank that checks the same may delete the folder before the file is made
+            with contextlib.suppress(FileNotFoundError), no_empty_folders(folder):
+                make_folder(folder)
+                with tempfile.TemporaryFile(dir=folder):
+                    return
+            time.sleep(0.01)
+        raise FileNotFoundError(2, "No such file or directory", str(folder))
     except OSError as e:
         why = f"{folder}: {e.strerror or e}"
         raise ValueError(f"{flag}: {why}; choose a writable folder") from e
