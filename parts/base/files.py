@@ -18,7 +18,6 @@ import os
 import re
 import shutil
 import tempfile
-import time
 from pathlib import Path
 
 from parts.base.text import one_line
@@ -65,17 +64,19 @@ def no_empty_folders(path):
 
 
 def check_writable(folder, flag: str) -> None:
-    """Raises ValueError, naming the flag, if no file can be made in a folder; it may be missing."""
-    folder, attempts = Path(folder), 50
+    """
+    Raises ValueError, naming the flag, if no file can be made in a folder; it may be missing.
+
+    Of a missing one the nearest folder above is tried. It is not made: ranks that check at the same
+    time would delete each other's.
+    """
+    folder = Path(folder)
     try:
-        while attempts := attempts - 1:
-            # another rank that checks the same may delete the folder before the file is made
-            with contextlib.suppress(FileNotFoundError), no_empty_folders(folder):
-                make_folder(folder)
-                with tempfile.TemporaryFile(dir=folder):
-                    return
-            time.sleep(0.01)
-        raise FileNotFoundError(2, "No such file or directory", str(folder))
+        with contextlib.suppress(FileNotFoundError):
+            folder.lstat()  # refuses a name that no folder can have
+        nearest = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
     except OSError as e:
         why = f"{folder}: {e.strerror or e}"
         raise ValueError(f"{flag}: {why}; choose a writable folder") from e
