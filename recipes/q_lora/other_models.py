@@ -10,6 +10,7 @@ architecture may ignore it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import json
@@ -89,7 +90,7 @@ class OtherBase:
         """JSON values that describe the shape."""
         return json.loads(self.settings.to_json_string(use_diff=False))
 
-    @property
+    @functools.cached_property  # it builds a model, and is asked for several times
     def blocks(self) -> tuple:
         """Classes of the blocks: of the longest list of modules in the model."""
         lists = [m for m in self.shell().modules() if isinstance(m, nn.ModuleList)]
