@@ -598,13 +598,15 @@ def weights_hash(tensors: dict) -> str:
     return digest.hexdigest()
 
 
+ADAPTERS = "adapter_model.safetensors"  # as peft and recipes name it
+
+
 def adapters_of(path: str) -> tuple[Path, dict, dict] | None:
     """(folder, tensors, trainer state) of a checkpoint that has adapters only; None of another."""
-    if not (Path(path, "MANIFEST.json").is_file() or Path(path, "checkpoints").is_dir()):
-        return None
+    folders = (Path(path), *Path(path).glob("checkpoints/*"))
+    if not any((f / "MANIFEST.json").is_file() and (f / ADAPTERS).is_file() for f in folders):
+        return None  # without comparing hashes, which takes seconds per GB
     folder = newest_checkpoint(path)
-    if not str(read_state(folder).get("weights_file", "")).startswith("adapter"):
-        return None
     return folder, *load_checkpoint(folder)
 
 

@@ -14,8 +14,8 @@ from parts.model import lora
 from parts.storage import checkpoint, formats
 from parts.storage.formats import Stored
 from recipes.q_lora.bases import open_base
+from wt_load import ADAPTERS
 
-ADAPTERS = "adapter_model.safetensors"  # as peft names it
 CHECKPOINT_NAME = "checkpoint-{step}"
 
 

@@ -37,9 +37,10 @@ from parts.training.plan import Setting
 from pretraining_advanced import Job, RunConfig
 from recipes.q_lora import memory
 from recipes.q_lora.bases import TINY, Base, open_base
-from recipes.q_lora.merging import ADAPTERS, CHECKPOINT_NAME, MergeConfig, merge, write_merged
+from recipes.q_lora.merging import CHECKPOINT_NAME, MergeConfig, merge, write_merged
 from recipes.q_lora.packed_code import open_code
 from recipes.q_lora.prepare_data import DATA_DIR
+from wt_load import ADAPTERS
 
 # floating-point operations of a micro-batch that --plan measures; more would take minutes
 MEASURED_ON_CPU, MEASURED_ON_GPU = 3e12, 1e15
