@@ -63,6 +63,23 @@ def no_empty_folders(path):
                 folder.rmdir()
 
 
+@contextlib.contextmanager
+def work_folder(output, name: str):
+    """
+    A new folder `name` in a folder to write in: yields it, and deletes it afterwards.
+
+    What a kill left in it is deleted first; `output` too, if it was made for this and is empty.
+    """
+    work = Path(output) / name
+    with no_empty_folders(output):
+        shutil.rmtree(work, ignore_errors=True)
+        try:
+            make_folder(work)
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
 def check_writable(folder, flag: str) -> None:
     """
     Raises ValueError, naming the flag, if no file can be made in a folder; it may be missing.

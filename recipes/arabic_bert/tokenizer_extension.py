@@ -46,9 +46,9 @@ from parts.base.files import (
     check_writable,
     fsync,
     make_folder,
-    no_empty_folders,
     read_json,
     rename_durably,
+    work_folder,
     write_file,
 )
 from parts.base.text import one_line
@@ -440,22 +440,16 @@ def write(config: ExtendConfig, source: Path, spec: dict, model, report: dict) -
     Each gets its name when all are written. Raises OSError if they cannot be.
     """
     output = Path(config.output_dir)
-    work = output / WORK
-    with no_empty_folders(output):
-        shutil.rmtree(work, ignore_errors=True)  # left by a kill
-        try:
-            make_folder(work)
-            write_tokenizer(work / TOKENIZER, source, spec)
-            new_rows.write_model(work / MODEL, model)
-            report["peak_memory_gib"] = memory_gib(torch.device("cpu"))
-            data = json.dumps(report, ensure_ascii=False, indent=2) + "\n"
-            write_file(work / REPORT, data.encode())
-            for path in sorted(work.rglob("*")):
-                fsync(path)
-            for name in (REPORT, TOKENIZER, MODEL):
-                rename_durably(work / name, output / name)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+    with work_folder(output, WORK) as work:
+        write_tokenizer(work / TOKENIZER, source, spec)
+        new_rows.write_model(work / MODEL, model)
+        report["peak_memory_gib"] = memory_gib(torch.device("cpu"))
+        data = json.dumps(report, ensure_ascii=False, indent=2) + "\n"
+        write_file(work / REPORT, data.encode())
+        for path in sorted(work.rglob("*")):
+            fsync(path)
+        for name in (REPORT, TOKENIZER, MODEL):
+            rename_durably(work / name, output / name)
     lines = [*lines_of(report), f"{output}: wrote {TOKENIZER}/, {MODEL}/ and {REPORT}"]
     print("\n".join(lines), flush=True)
 

@@ -38,12 +38,11 @@ if __name__ == "__main__":  # Ctrl-C during the imports leaves no traceback
 import contextlib
 import hashlib
 import json
-import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from parts.base.files import add_file_name, make_folder, no_empty_folders, rename_durably
+from parts.base.files import add_file_name, rename_durably, work_folder
 from parts.base.text import one_line
 from parts.base.units import format_bytes
 from parts.cli.config import parse
@@ -205,11 +204,8 @@ def prepare(config: PrepareConfig) -> dict:
         raise ValueError(f"--test_share: {config.test_share} must be above 0 and below 1")
     licences = read_licences(config.licenses) if config.licenses is not None else {}
     output = Path(config.output_dir)
-    work = output / WORK
-    with no_empty_folders(output):
-        shutil.rmtree(work, ignore_errors=True)  # left by a kill
-        try:
-            make_folder(work)
+    try:
+        with work_folder(output, WORK) as work:
             report = _write_all(config, licences, work)
             for variant in VARIANTS:
                 for side in SIDES:
@@ -219,11 +215,9 @@ def prepare(config: PrepareConfig) -> dict:
                     else:  # of an earlier result
                         (output / name).unlink(missing_ok=True)
             rename_durably(work / "report.json", output / "report.json")
-        except OSError as e:
-            add_file_name(e, output)
-            raise
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+    except OSError as e:
+        add_file_name(e, output)
+        raise
     return report
 
 
