@@ -1,4 +1,4 @@
-"""A model of the Hugging Face hub as a folder on this machine."""
+"""A model of the Hugging Face hub as a folder on this machine, and what it has besides weights."""
 
 from __future__ import annotations
 
@@ -45,3 +45,17 @@ def from_hub(name: str) -> Path:
                 f"{blob}: differs from the sha256 in its name; delete it and run the command again"
             )
     return folder
+
+
+# besides weights and config.json: the tokenizer, and how to sample
+BESIDE_WEIGHTS = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "tokenizer.model", "generation_config.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+
+
+def files_of(folder, names=BESIDE_WEIGHTS) -> dict[str, bytes]:
+    """{name: contents} of those of these files that a folder has."""
+    paths = [Path(folder) / name for name in names]
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}

@@ -38,7 +38,7 @@ from parts.data.batches import TrainBatches
 from parts.data.shards import holds_shards
 from parts.data.tokenizers import FILES, vocabulary_of
 from parts.model.families import FAMILIES, shell
-from parts.storage import hf_llama
+from parts.storage import hf_llama, hub
 from parts.training import engine as core
 from parts.training.plan import flops_per_token
 from pretraining_advanced import Job, gpt_loss, open_text, run
@@ -55,12 +55,6 @@ from wt_load import ExportConfig, Weights, weights_hash
 from wt_load import export as export_weights
 
 PYTHON_DOCS = "python_docs"  # as data.dataset: the English that comes with Python, about 1 MB
-# files beside the weights of a Hugging Face folder that an export keeps as they are
-KEPT = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "tokenizer.model", "generation_config.json"),
-    *("chat_template.jinja", "chat_template.json"),
-)
 
 
 class PretrainingOrchestrator:
@@ -246,8 +240,7 @@ def files_of(base: Weights | None, shape, text) -> dict[str, bytes]:
     """
     files = {}
     if base and base.tokenizer_path:
-        folder = Path(base.tokenizer_path)
-        files = {name: (folder / name).read_bytes() for name in KEPT if (folder / name).is_file()}
+        files = hub.files_of(base.tokenizer_path)
     if shape.family == "llama":
         settings = hf_llama.settings_of_config(shape)
         files["config.json"] = json.dumps(settings, indent=2).encode()
@@ -259,7 +252,7 @@ def exporter(dtype: str):
 
     def export(checkpoint: Path, target: Path) -> None:
         export_weights(ExportConfig(str(checkpoint), ("hf", str(target)), dtype))
-        for name in KEPT:  # of the base that was trained further
+        for name in hub.BESIDE_WEIGHTS:  # of the base that was trained further
             if name != "tokenizer.json" and (checkpoint / name).is_file():
                 (target / name).write_bytes((checkpoint / name).read_bytes())
 

@@ -27,17 +27,11 @@ from parts.model.families import FAMILIES, shell, tensor_shapes
 from parts.model.llama import Llama, LlamaBlock, LlamaConfig
 from parts.storage import hf_llama
 from parts.storage.formats import Stored
-from parts.storage.hub import from_hub
+from parts.storage.hub import BESIDE_WEIGHTS, files_of, from_hub
 from parts.training.plan import flops_per_token
 from wt_load import open_weights
 
 TINY = "tiny"  # a random Qwen2 of two layers, for trying
-# files of a Hugging Face folder that belong to a model and are no weights
-MODEL_FILES = (
-    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
-    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
-    *("chat_template.jinja", "chat_template.json", "tokenizer.model"),
-)
 
 
 @dataclass
@@ -248,5 +242,4 @@ def has_tokenizer(folder: Path) -> bool:
 
 def model_files(folder: Path) -> dict[str, bytes]:
     """What a folder has besides weights that belongs to the model."""
-    paths = [folder / name for name in MODEL_FILES if (folder / name).is_file()]
-    return {path.name: path.read_bytes() for path in paths}
+    return files_of(folder, ("config.json", *BESIDE_WEIGHTS))
